@@ -1,0 +1,434 @@
+"""The frozen diffusion prior: Stable Diffusion with text, depth and picture conditioning.
+
+images [B, 3, H, W] in [-1, 1]; latents [B, 4, h, w], scaled to unit variance, h = H / 8 for Stable
+Diffusion; text [N, L, D], token embeddings; depth [N, 3, H, W] in [0, 1], near = 1, background 0.
+Everything that goes in or comes out is float32, whatever the networks' own precision.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from models.features import clip_preprocess
+from models.pretrained import (
+    load_network,
+    load_tokenizer,
+    one_line_errors,
+    quiet_loading,
+    resolve_source,
+)
+
+IP_ADAPTER_FILE = "ip-adapter_sd15.safetensors"  # The usual one of several in a folder.
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the noise prediction is guided towards, each part in a pair, unconditional first.
+
+    Attributes:
+        text: Embedded prompts, [2, L, D].
+        image_embeds: Reference pictures, [2, n, E] (IP-Adapter) or [2, n, L, E] (Plus), n of them;
+            None leaves pictures out.
+        image_scale: Weight of the pictures' attention beside the text's.
+    """
+
+    text: Tensor
+    image_embeds: Tensor | None = None
+    image_scale: float = 1.0
+
+
+class DiffusionPrior:
+    """A frozen latent diffusion model as the losses use it.
+
+    It is deliberately no nn.Module, so that it enters no state dict, average or wrapper of the
+    model under training.
+
+    Attributes:
+        alphas_cumprod: Signal's share of the variance at each time step, [T], float32.
+        vae_scale_factor: Pixels per latent cell and axis.
+        image_size: Height and width of the images it was trained on, pixels.
+        vocabulary: The words the prior knows, {"words": [...], ...}, or None if not declared.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDPMScheduler,
+        controlnet: ControlNetModel | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        vocabulary: dict | None = None,
+    ) -> None:
+        self.vae = vae
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.controlnet = controlnet
+        self.image_encoder = image_encoder
+        self.vocabulary = vocabulary
+        # Last, since loading an IP-Adapter brings new parameters that want gradients.
+        for network in (vae, unet, text_encoder, controlnet, image_encoder):
+            if network is not None:
+                network.eval().requires_grad_(False)
+
+        self.predicts_velocity = scheduler.config.prediction_type == "v_prediction"
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(unet.device, torch.float32)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_size = self.vae_scale_factor * unet.config.sample_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        controlnet: str | Path | None = None,
+        ip_adapter: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "DiffusionPrior":
+        """Load Stable Diffusion 1.x or 2.x, optionally with a depth ControlNet and an IP-Adapter.
+
+        Args:
+            source: Local diffusers folder or hub id. A local folder that holds `controlnet/` or
+                `ip_adapter/` beside its model_index.json supplies the default of that argument.
+            controlnet: Local folder or hub id of a depth ControlNet; None: no depth.
+            ip_adapter: Local folder or hub id in the layout of h94/IP-Adapter, or one weight file
+                in it (base or Plus, .safetensors or .bin); None: no reference pictures.
+            dtype: Of all networks but the VAE, whose gradients need float32. On CUDA prefer
+                float16: bfloat16 drowns the small difference that guidance amplifies.
+
+        Raises:
+            ValueError: a source is missing, no such model, incomplete, or the parts do not fit
+                each other. The message is one line, path and reason.
+        """
+        source = resolve_source(source)
+        folder = Path(source)
+        vocabulary = None
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise ValueError(f"{source}: not a diffusers folder, it has no model_index.json")
+            if controlnet is None and (folder / "controlnet").is_dir():
+                controlnet = folder / "controlnet"
+            if ip_adapter is None and (folder / "ip_adapter").is_dir():
+                ip_adapter = folder / "ip_adapter"
+            vocabulary = _read_vocabulary(folder / "vocabulary.json")
+
+        scheduler = _load_scheduler(source)
+        parts = {
+            "vae": load_network(AutoencoderKL, source, "vae"),
+            "unet": load_network(UNet2DConditionModel, source, "unet", dtype),
+            "text_encoder": load_network(CLIPTextModel, source, "text_encoder", dtype),
+        }
+        tokenizer = load_tokenizer(source, "tokenizer")
+        _check_parts(source, tokenizer, **parts)
+        if controlnet is not None:
+            controlnet = resolve_source(controlnet)
+            parts["controlnet"] = load_network(ControlNetModel, controlnet, dtype=dtype)
+            _check_controlnet(controlnet, parts["controlnet"], parts["unet"])
+        if ip_adapter is not None:
+            parts["image_encoder"] = _load_ip_adapter(ip_adapter, parts["unet"])
+        parts = {name: network.to(device) for name, network in parts.items()}
+        return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, vocabulary=vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.device
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents of images, differentiable w.r.t. the images.
+
+        The posterior's mode is taken, so the result is deterministic; nothing is clamped, since
+        that would stop gradients.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1], H and W multiples of `vae_scale_factor`.
+
+        Returns:
+            Scaled latents, [B, 4, h, w].
+        """
+        latents = self.vae.encode(images.float()).latent_dist.mode()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return the images of scaled latents [B, 4, h, w], roughly in [-1, 1], [B, 3, H, W]."""
+        latents = latents.float() / self.vae.config.scaling_factor
+        return self.vae.decode(latents + (self.vae.config.shift_factor or 0.0)).sample
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Return the token embeddings of prompts, [N, L, D].
+
+        Words beyond the tokenizer's limit are cut off, which is warned of.
+        """
+        length = self.text_encoder.config.max_position_embeddings
+        for ids in self.tokenizer(prompts, verbose=False).input_ids:
+            if len(ids) > length:  # The last id kept marks the end.
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                warnings.warn(f"the prompt is too long, its end is lost: {lost!r}", stacklevel=3)
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids  # [N, L]
+        return self.text_encoder(ids.to(self.device))[0].float()  # [N, L, D]
+
+    @torch.no_grad()
+    def encode_reference(self, images: Tensor) -> Tensor:
+        """Return what the IP-Adapter attends to in pictures of any size.
+
+        Args:
+            images: [N, 3, H, W] in [-1, 1].
+
+        Returns:
+            [N, 1, E], or [N, 1, L, E] for an IP-Adapter Plus.
+
+        Raises:
+            ValueError: no IP-Adapter was loaded.
+        """
+        if self.image_encoder is None:
+            raise ValueError("a reference picture needs an IP-Adapter, and none was loaded")
+        pixels = clip_preprocess(images.to(self.device), self.image_encoder.config.image_size)
+        return self._encode_pixels(pixels)
+
+    def condition(
+        self, prompt: str, reference: Tensor | None = None, image_scale: float = 1.0
+    ) -> Condition:
+        """Return what to guide towards: a prompt, reference pictures, or both.
+
+        The unconditional half drops text and pictures together.
+
+        Args:
+            prompt: May be empty where there is a reference.
+            reference: [n, 3, H, W] in [-1, 1], any size; several pictures count as one condition.
+            image_scale: Weight of the pictures beside the text.
+
+        Raises:
+            ValueError: a reference is given and no IP-Adapter was loaded.
+        """
+        text = self.encode_text(["", prompt])
+        if reference is None:
+            return Condition(text)
+        given = self.encode_reference(reference).transpose(0, 1)  # [1, n, E] or [1, n, L, E]
+        dropped = torch.zeros_like(given)
+        if self._is_plus:  # Trained with the tokens of black pixels (after normalisation: zeros).
+            size = self.image_encoder.config.image_size
+            dropped = self._encode_pixels(torch.zeros(1, 3, size, size, device=self.device))
+            dropped = dropped.expand_as(given)
+        return Condition(text, torch.cat([dropped, given]), image_scale)
+
+    @torch.no_grad()
+    def predict_noise(
+        self,
+        latents_t: Tensor,
+        t: Tensor,
+        text: Tensor,
+        depth: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_scale: float = 1.0,
+    ) -> Tensor:
+        """Return the noise the prior sees in noisy latents, without guidance and gradients.
+
+        Args:
+            latents_t: sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise, [N, 4, h, w].
+            t: Integer time steps, [N].
+            text: [N, L, D].
+            depth: See `depth_condition`, [N, 3, H, W]; None leaves the ControlNet out.
+            image_embeds: See `encode_reference`; None leaves the IP-Adapter out.
+            image_scale: Weight of the pictures beside the text.
+
+        Returns:
+            eps_hat, [N, 4, h, w], for velocity-predicting models too.
+
+        Raises:
+            ValueError: depth or pictures are given that no loaded part can use.
+        """
+        dtype = self.unet.dtype
+        inputs = (latents_t.to(dtype), t, text.to(dtype))
+        extra = {}
+        if depth is not None:
+            if self.controlnet is None:
+                raise ValueError("a depth condition needs a ControlNet, and none was loaded")
+            extra["down_block_additional_residuals"], extra["mid_block_additional_residual"] = (
+                self.controlnet(*inputs, depth.to(dtype), return_dict=False)
+            )
+        if self.image_encoder is not None:
+            extra["added_cond_kwargs"] = self._picture(len(t), image_embeds, image_scale)
+        elif image_embeds is not None:
+            raise ValueError("a reference picture needs an IP-Adapter, and none was loaded")
+        output = self.unet(*inputs, **extra, return_dict=False)[0].float()  # [N, 4, h, w]
+
+        if self.predicts_velocity:
+            abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+            output = abar.sqrt() * output + (1 - abar).sqrt() * latents_t.float()
+        return output
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that are not in the declared vocabulary, if there is one."""
+        if self.vocabulary is None:
+            return []
+        known = set(self.vocabulary["words"])
+        return [word for word in re.findall(r"[\w']+", prompt.lower()) if word not in known]
+
+    @property
+    def _is_plus(self) -> bool:
+        """Whether the IP-Adapter attends to all tokens of the picture, not to one embedding."""
+        projection = self.unet.encoder_hid_proj.image_projection_layers[0]
+        return isinstance(projection, IPAdapterPlusImageProjection)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings, [N, 1, E] or [N, 1, L, E], of normalised pixels [N, 3, S, S]."""
+        output = self.image_encoder(pixels.to(self.image_encoder.dtype), output_hidden_states=True)
+        embeds = output.hidden_states[-2] if self._is_plus else output.image_embeds
+        return embeds[:, None].float()
+
+    def _picture(self, batch: int, image_embeds: Tensor | None, scale: float) -> dict:
+        """Return the IP-Adapter's input: without a picture, zeros at scale 0 for it insists."""
+        if image_embeds is None:
+            scale = 0.0
+            config = self.image_encoder.config
+            shape = (1, 1, config.hidden_size) if self._is_plus else (1, config.projection_dim)
+            image_embeds = torch.zeros(batch, *shape, device=self.device)
+        for processor in self.unet.attn_processors.values():
+            if hasattr(processor, "scale"):
+                processor.scale = [scale]
+        return {"image_embeds": [image_embeds.to(self.unet.dtype)]}
+
+
+@torch.no_grad()
+def depth_condition(depth: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Turn rendered depth into what depth ControlNets are trained on: disparity, near = bright.
+
+    Inverse depth is scaled to [0.1, 1] over each image's foreground, nearest point 1; the
+    background is 0. An image without foreground is all 0.
+
+    Args:
+        depth: Distance along the ray, [B, 1, n, n]; ignored outside the mask.
+        mask: Foreground where above 0.5, [B, 1, n, n].
+        size: Height and width of the result, pixels.
+
+    Returns:
+        [B, 3, size, size] in [0, 1].
+    """
+    foreground = mask > 0.5
+    inverse = 1 / depth.float()
+    near = inverse.where(foreground, inverse.new_tensor(-torch.inf)).amax((2, 3), keepdim=True)
+    far = inverse.where(foreground, inverse.new_tensor(torch.inf)).amin((2, 3), keepdim=True)
+    scaled = 1 - 0.9 * (near - inverse) / (near - far).clamp_min(1e-8)
+    scaled = scaled.where(foreground, scaled.new_zeros(()))  # [B, 1, n, n]
+    resized = F.interpolate(scaled, (size, size), mode="bilinear", antialias=True)
+    return resized.expand(-1, 3, -1, -1)  # [B, 3, size, size]
+
+
+def _read_vocabulary(path: Path) -> dict | None:
+    """Return the words a small prior declares to know, or None."""
+    if not path.is_file():
+        return None
+    with one_line_errors(str(path)):
+        vocabulary = json.loads(path.read_text())
+        if not isinstance(vocabulary["words"], list):
+            raise ValueError('"words" must be a list')
+    return vocabulary
+
+
+def _load_scheduler(source: str) -> DDPMScheduler:
+    """Load the noise schedule of whatever scheduler the folder names, as DDPM's."""
+    where = {"subfolder": "scheduler", "local_files_only": Path(source).is_dir()}
+    with one_line_errors(source, "scheduler"), quiet_loading():
+        config = DDPMScheduler.load_config(source, **where)
+        if "beta_start" not in config:
+            raise ValueError(f"{config.get('_class_name')} has no noise schedule in betas")
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type is {prediction}, not epsilon or v_prediction")
+        return DDPMScheduler.from_pretrained(source, **where)
+
+
+def _check_parts(
+    source: str,
+    tokenizer: CLIPTokenizer,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+) -> None:
+    """Refuse parts that load but cannot work together, or with the losses."""
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise ValueError(
+            f"{source}: the UNet attends to text of width {unet.config.cross_attention_dim}, "
+            f"the text encoder gives {text_encoder.config.hidden_size}"
+        )
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"{source}: the UNet takes {unet.config.in_channels} channels, a latent has "
+            f"{vae.config.latent_channels} (inpainting and depth variants are not supported)"
+        )
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {len(tokenizer)} words, the text encoder "
+            f"{text_encoder.config.vocab_size}"
+        )
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(f"{source}: a guidance-distilled (LCM) UNet gives no scores")
+
+
+def _check_controlnet(source: str, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
+    """Refuse a ControlNet made for another UNet; it would only fail inside the first step."""
+    for key in ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block"):
+        ours, theirs = controlnet.config[key], unet.config[key]
+        if ours != theirs:
+            raise ValueError(f"{source}: the ControlNet's {key} is {ours}, the UNet's {theirs}")
+
+
+def _load_ip_adapter(
+    source: str | Path, unet: UNet2DConditionModel
+) -> CLIPVisionModelWithProjection:
+    """Put an IP-Adapter into the UNet and return its image encoder.
+
+    No attention processor may be set on the UNet afterwards: that would remove the adapter.
+    """
+    folder, subfolder, file = _find_ip_adapter(source)
+    encoder_folder = f"{subfolder}/image_encoder".lstrip("/")
+    encoder = load_network(CLIPVisionModelWithProjection, folder, encoder_folder, unet.dtype)
+    with one_line_errors(folder, f"{subfolder}/{file}".lstrip("/")), quiet_loading():
+        from diffusers.loaders import IPAdapterMixin  # Here, since its import logs warnings.
+
+        loader = IPAdapterMixin()  # What pipelines inherit; of a pipeline it needs the UNet only.
+        loader.unet = unet
+        # Low memory use would leave weights that the file lacks empty instead of raising.
+        loader.load_ip_adapter(folder, subfolder, file, low_cpu_mem_usage=False)
+        projection = unet.encoder_hid_proj.image_projection_layers[0]
+        if isinstance(projection, ImageProjection):
+            takes, gives = projection.image_embeds.in_features, encoder.config.projection_dim
+        elif isinstance(projection, IPAdapterPlusImageProjection):
+            takes, gives = projection.proj_in.in_features, encoder.config.hidden_size
+        else:
+            raise ValueError(f"{type(projection).__name__}: only base and Plus are supported")
+        if takes != gives:
+            raise ValueError(f"takes embeddings of width {takes}, its encoder gives {gives}")
+    return encoder
+
+
+def _find_ip_adapter(source: str | Path) -> tuple[str, str, str]:
+    """Return (folder or hub id, subfolder, file name) of an IP-Adapter's weights."""
+    path = Path(source)
+    if path.is_file():
+        return str(path.parent), "", path.name
+    if path.is_dir():
+        names = sorted(p.name for p in (path / "models").glob("ip-adapter*.*"))
+        if IP_ADAPTER_FILE in names:
+            return str(path), "models", IP_ADAPTER_FILE
+        if len(names) != 1:
+            raise ValueError(f"{source}: no {IP_ADAPTER_FILE} in models/; name one of {names}")
+        return str(path), "models", names[0]
+    user, name, *inside = str(source).split("/")
+    inside = inside or ["models", IP_ADAPTER_FILE]
+    return resolve_source(f"{user}/{name}"), "/".join(inside[:-1]), inside[-1]

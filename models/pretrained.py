@@ -1,0 +1,101 @@
+"""Strict, quiet loading of frozen networks in the diffusers and transformers formats.
+
+Both libraries fill what a file does not hold with random weights and only log it. Here a part that
+is absent, of another class, incomplete or unreadable is a ValueError of one line, path and reason.
+A source is a local folder, for which the network is never tried, or a hub id `user/repo`.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from torch import nn
+from transformers import CLIPTokenizer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def resolve_source(source: str | Path) -> str:
+    """Return `source` as the loaders take it: the path of an existing folder, or a hub id.
+
+    Raises:
+        ValueError: `source` is neither.
+    """
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).exists()
+    if not Path(source).is_dir() and not is_hub_id:
+        raise ValueError(f"{source} is neither a folder nor a hub id (user/repo)")
+    return str(source)
+
+
+def load_network(
+    cls: type[Network], source: str, subfolder: str = "", dtype: torch.dtype = torch.float32
+) -> Network:
+    """Load a network and freeze it: eval mode, and no parameter wants a gradient.
+
+    Args:
+        cls: A model class of diffusers or transformers.
+        source: Local folder or hub id, in which `subfolder` is looked up.
+        dtype: Of the weights, whatever the file's own.
+
+    Raises:
+        ValueError: the part is absent or unreadable, was saved from another class, or its file
+            lacks weights that the class needs.
+    """
+    where = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
+    with one_line_errors(source, subfolder), quiet_loading():
+        if hasattr(cls, "load_config"):  # diffusers, whose configs name their class
+            saved_class = cls.load_config(source, **where).get("_class_name")
+            if saved_class != cls.__name__:
+                raise ValueError(f"holds a {saved_class}, not a {cls.__name__}")
+        network, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+        absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        if absent:
+            raise ValueError(f"lacks {len(absent)} weights of {cls.__name__}, such as {absent[0]}")
+    return network.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: str, subfolder: str = "") -> CLIPTokenizer:
+    """Load CLIP's tokenizer.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    where = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
+    with one_line_errors(source, subfolder), quiet_loading():
+        return CLIPTokenizer.from_pretrained(source, **where)
+
+
+@contextmanager
+def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
+    """Turn whatever a loader raises into a ValueError of one line: where it happened and why."""
+    where = f"{source}/{inside}".rstrip("/")
+    if not Path(source).exists():
+        where += " (no such folder here, so tried on the hub)"
+    try:
+        yield
+    # The libraries raise a dozen types for bad files (OSError, KeyError, SafetensorError, httpx's).
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where}: {reason[:300]}") from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide loaders' weight bars and log warnings: what matters in them is checked and raised."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level, bars in before:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()
