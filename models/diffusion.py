@@ -7,7 +7,6 @@ Everything that goes in or comes out is float32, whatever the networks' own prec
 
 import json
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProje
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from models.features import clip_preprocess
+from models.features import clip_preprocess, clip_tokenize
 from models.pretrained import (
     load_network,
     load_tokenizer,
@@ -173,13 +172,7 @@ class DiffusionPrior:
         Words beyond the tokenizer's limit are cut off, which is warned of.
         """
         length = self.text_encoder.config.max_position_embeddings
-        for ids in self.tokenizer(prompts, verbose=False).input_ids:
-            if len(ids) > length:  # The last id kept marks the end.
-                lost = self.tokenizer.decode(ids[length - 1 : -1])
-                warnings.warn(f"the prompt is too long, its end is lost: {lost!r}", stacklevel=3)
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids  # [N, L]
+        ids = clip_tokenize(self.tokenizer, prompts, length)  # [N, L]
         return self.text_encoder(ids.to(self.device))[0].float()  # [N, L, D]
 
     @torch.no_grad()

@@ -1,19 +1,143 @@
 """Frozen image and text features: CLIP embeddings and the patch tokens of a self-supervised ViT.
 
-images [B, 3, H, W] in [-1, 1], of any size; gradients flow to the images, never to the networks.
+images [B, 3, H, W] in [-1, 1], of any size; D is a feature's width, g the side of a token grid.
+Gradients flow to the images, never to the networks.
 """
 
+import warnings
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    ImageProcessingMixin,
+    ViTModel,
+)
+
+from models.pretrained import load_network, load_tokenizer, one_line_errors, resolve_source
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VIT_CLASSES = {
+    "dinov2": Dinov2Model,
+    "dinov2_with_registers": Dinov2WithRegistersModel,
+    "vit": ViTModel,  # The first DINO's.
+}
+
+
+class ClipFeatures:
+    """Embeddings of images and sentences in CLIP's common space."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu"
+    ) -> "ClipFeatures":
+        """Load a CLIPModel with its tokenizer from a local folder or hub id.
+
+        Raises:
+            ValueError: it cannot be found, is no CLIPModel or is incomplete.
+        """
+        source = resolve_source(source)
+        return cls(load_network(CLIPModel, source).to(device), load_tokenizer(source))
+
+    def images(self, images: Tensor) -> Tensor:
+        """Return unit-length embeddings [B, D] of images [B, 3, H, W]."""
+        pixels = clip_preprocess(images, self.model.config.vision_config.image_size)
+        embeds = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+        return F.normalize(embeds, dim=-1)
+
+    @torch.no_grad()
+    def text(self, sentences: list[str]) -> Tensor:
+        """Return unit-length embeddings [N, D] of sentences."""
+        length = self.model.config.text_config.max_position_embeddings
+        ids = clip_tokenize(self.tokenizer, sentences, length).to(self.model.device)
+        embeds = self.model.text_projection(self.model.text_model(ids).pooler_output)
+        return F.normalize(embeds, dim=-1)
+
+
+class TokenFeatures:
+    """Patch tokens of a DINO-type ViT: what is where in an image, little of its style."""
+
+    def __init__(
+        self,
+        model: Dinov2Model | Dinov2WithRegistersModel | ViTModel,
+        size: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.size = size
+        self.mean = mean
+        self.std = std
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu"
+    ) -> "TokenFeatures":
+        """Load a DINOv2 (with or without registers) or ViT from a local folder or hub id.
+
+        The input size and the image statistics are those of its preprocessor_config.json; without
+        one, the size that its position embeddings have and ImageNet's statistics.
+
+        Raises:
+            ValueError: it cannot be found, is another kind of model or is incomplete.
+        """
+        source = resolve_source(source)
+        local = Path(source).is_dir()
+        with one_line_errors(source):
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            if config.model_type not in VIT_CLASSES:
+                raise ValueError(f"is a {config.model_type}, not one of {sorted(VIT_CLASSES)}")
+        model_class = VIT_CLASSES[config.model_type]
+        model = load_network(model_class, source, optional=("pooler.",)).to(device)
+        try:
+            given, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+        except OSError:  # The file is optional.
+            given = {}
+        size = given.get("crop_size", {}).get("height", config.image_size)
+        mean, std = given.get("image_mean", IMAGENET_MEAN), given.get("image_std", IMAGENET_STD)
+        return cls(model, size, mean, std)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the final, layer-normalised patch tokens [B, g, g, D] of images [B, 3, H, W].
+
+        Images are squeezed to the network's square input, so that cells keep their places.
+        """
+        return self._grid(self.model(self._preprocess(images)).last_hidden_state)
+
+    def layers(self, images: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
+        """Return the patch tokens [B, g, g, D] after the layers `indices`; 0 is the embedding."""
+        states = self.model(self._preprocess(images), output_hidden_states=True).hidden_states
+        return [self._grid(states[index]) for index in indices]
+
+    def _preprocess(self, images: Tensor) -> Tensor:
+        """Return resized, normalised images [B, 3, size, size]."""
+        shape = (self.size, self.size)
+        images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True)
+        return _normalise((images + 1) / 2, self.mean, self.std)
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        """Drop class and register tokens [B, k + g * g, D], which come first -> [B, g, g, D]."""
+        side = self.size // self.model.config.patch_size
+        return tokens[:, -(side * side) :].unflatten(1, (side, side))
 
 
 def clip_preprocess(images: Tensor, size: int) -> Tensor:
     """Resize, crop and normalise images as CLIP's image processor does.
 
-    The shorter side becomes `size` (bicubic, antialiased), the centre square is kept.
+    The shorter side becomes `size` (bicubic, antialiased), then the centre square is kept.
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
@@ -23,12 +147,22 @@ def clip_preprocess(images: Tensor, size: int) -> Tensor:
         [B, 3, size, size].
     """
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    shape = (max(size, int(height * scale)), max(size, int(width * scale)))
+    short = min(height, width)
+    shape = (size * height // short, size * width // short)
     images = F.interpolate(images.float(), shape, mode="bicubic", antialias=True)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     images = images[..., top : top + size, left : left + size]  # [B, 3, size, size]
     return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+
+
+def clip_tokenize(tokenizer: CLIPTokenizer, sentences: list[str], length: int) -> Tensor:
+    """Return token ids [N, length], padded; a sentence that is longer is cut, with a warning."""
+    for sentence, ids in zip(sentences, tokenizer(sentences, verbose=False).input_ids, strict=True):
+        if len(ids) > length:  # The end mark takes the last place.
+            cut = tokenizer.decode(ids[length - 1 : -1])
+            warnings.warn(f"{sentence[:20]!r}... is too long, cut off: {cut!r}", stacklevel=2)
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    return tokenizer(sentences, **options, return_tensors="pt").input_ids
 
 
 def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -33,7 +33,11 @@ def resolve_source(source: str | Path) -> str:
 
 
 def load_network(
-    cls: type[Network], source: str, subfolder: str = "", dtype: torch.dtype = torch.float32
+    cls: type[Network],
+    source: str,
+    subfolder: str = "",
+    dtype: torch.dtype = torch.float32,
+    optional: tuple[str, ...] = (),
 ) -> Network:
     """Load a network and freeze it: eval mode, and no parameter wants a gradient.
 
@@ -41,6 +45,7 @@ def load_network(
         cls: A model class of diffusers or transformers.
         source: Local folder or hub id, in which `subfolder` is looked up.
         dtype: Of the weights, whatever the file's own.
+        optional: How names of weights begin that may be absent, since nobody uses them.
 
     Raises:
         ValueError: the part is absent or unreadable, was saved from another class, or its file
@@ -54,6 +59,7 @@ def load_network(
                 raise ValueError(f"holds a {saved_class}, not a {cls.__name__}")
         network, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
         absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        absent = [key for key in absent if not key.startswith(optional)]
         if absent:
             raise ValueError(f"lacks {len(absent)} weights of {cls.__name__}, such as {absent[0]}")
     return network.eval().requires_grad_(False)
