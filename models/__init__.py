@@ -1,0 +1,1 @@
+"""Networks and frozen priors; nothing in here knows about training."""

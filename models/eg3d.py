@@ -1,0 +1,329 @@
+"""EG3D (arXiv:2112.07945): latent code and camera to image, depth and mask.
+
+A StyleGAN2 backbone makes three feature planes, a small decoder turns plane features into density
+and colour, rays are marched at a low resolution and a super-resolution network makes the image.
+Public names and state-dict keys are EG3D's; optional constructor arguments allow smaller networks.
+Shapes: z [B, z_dim], c [B, 25], ws [B, num_ws, w_dim], planes [B, 3, C, P, P]; n is the neural
+rendering resolution, R the image's. Images are in [-1, 1], depths are distances along the ray.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.cameras import FOCAL, CameraSetup
+from models.renderer import (
+    Decoder,
+    RayOptions,
+    fold_planes,
+    look_up,
+    pixel_rays,
+    render,
+    widen,
+)
+from models.stylegan2 import Generator, NoiseMode
+from models.superres import SuperResolution
+
+# EG3D's own axes: (x, y), (x, z) and, a known mistake all released weights live with, (z, x).
+PLANE_AXES = (
+    ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+    ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0)),
+    ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
+)
+MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
+
+
+class TriPlaneGenerator(nn.Module):
+    """EG3D's generator.
+
+    Attributes that may be changed after construction: `rendering_kwargs`, `plane_axes` [3, 3, 3]
+    and `neural_rendering_resolution`.
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        sr_num_fp16_res: int = 0,
+        mapping_kwargs: dict[str, Any] | None = None,
+        rendering_kwargs: dict[str, Any] | None = None,
+        sr_kwargs: dict[str, Any] | None = None,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 0,
+        conv_clamp: float | None = None,
+        fused_modconv_default: bool | str = "inference_only",
+        plane_resolution: int = 256,
+        plane_channels: int = 32,
+        decoder_hidden: int = 64,
+        feature_channels: int = 32,
+    ) -> None:
+        """Create the networks.
+
+        Args:
+            z_dim: Width of the latent code.
+            c_dim: Width of the camera label, 25.
+            w_dim: Width of the style codes.
+            img_resolution: Final size R.
+            img_channels: Channels of the final image.
+            sr_num_fp16_res: Above 0, super-resolution runs in half precision on a GPU.
+            mapping_kwargs: `num_layers`, `lr_multiplier`, `w_avg_beta` of the mapping network.
+            rendering_kwargs: EG3D's, plus `foreground_depth` (see `synthesis`) and `camera_focal`,
+                `camera_yaw_range`, `camera_pitch_range`, `camera_distribution` (see `cameras`).
+            sr_kwargs: EG3D's (ignored), plus `channels` and `input_resolution` (see `superres`).
+            channel_base: Backbone channels are min(channel_base / resolution, channel_max).
+            channel_max: See `channel_base`.
+            num_fp16_res: So many of the finest backbone blocks run in half precision on a GPU.
+            conv_clamp: Bound of the backbone's activations, None for none.
+            fused_modconv_default: EG3D's; accepted and without effect.
+            plane_resolution: Size P of the planes, a power of 2.
+            plane_channels: Channels C of a plane.
+            decoder_hidden: Width of the decoder.
+            feature_channels: Channels rendered for super-resolution.
+
+        Raises:
+            ValueError: rendering_kwargs or sr_kwargs that no EG3D configuration can have.
+        """
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.init_kwargs = _changed_kwargs(arguments)
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.neural_rendering_resolution = 64
+        self.rendering_kwargs = copy.deepcopy(rendering_kwargs or {})
+        self.plane_axes = torch.tensor(PLANE_AXES)
+        RayOptions.from_kwargs(self.rendering_kwargs)
+        self.register_buffer("dataset_label_std", torch.ones(c_dim))
+
+        self.backbone = Generator(
+            z_dim,
+            c_dim,
+            w_dim,
+            plane_resolution,
+            3 * plane_channels,
+            mapping_kwargs or {},
+            {
+                "channel_base": channel_base,
+                "channel_max": channel_max,
+                "num_fp16_res": num_fp16_res,
+                "conv_clamp": conv_clamp,
+            },
+        )
+        sr_kwargs = sr_kwargs or {}
+        self.superresolution = SuperResolution(
+            self.rendering_kwargs.get("superresolution_module"),
+            feature_channels,
+            w_dim,
+            img_resolution,
+            img_channels,
+            use_fp16=sr_num_fp16_res > 0,
+            antialias=self.rendering_kwargs.get("sr_antialias", True),
+            channels=sr_kwargs.get("channels"),
+            input_resolution=sr_kwargs.get("input_resolution"),
+        )
+        lr_mul = self.rendering_kwargs.get("decoder_lr_mul", 1)
+        self.decoder = Decoder(plane_channels, decoder_hidden, feature_channels, lr_mul)
+
+    @property
+    def cameras(self) -> CameraSetup:
+        """The camera set-up that rendering_kwargs describe; EG3D's FFHQ set-up where silent."""
+        kwargs = self.rendering_kwargs
+        setup = CameraSetup()
+        return CameraSetup(
+            radius=kwargs.get("avg_camera_radius", setup.radius),
+            pivot=tuple(kwargs.get("avg_camera_pivot", setup.pivot)),
+            focal=kwargs.get("camera_focal", FOCAL),
+            yaw_range=kwargs.get("camera_yaw_range", setup.yaw_range),
+            pitch_range=kwargs.get("camera_pitch_range", setup.pitch_range),
+            distribution=kwargs.get("camera_distribution", setup.distribution),
+        )
+
+    def mapping(
+        self,
+        z: Tensor,
+        c: Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_emas: bool = False,
+    ) -> Tensor:
+        """Map z and the conditioning camera c to ws.
+
+        The label is scaled by rendering_kwargs["c_scale"] (default 0, as in EG3D) and zeroed with
+        rendering_kwargs["c_gen_conditioning_zero"].
+        """
+        kwargs = self.rendering_kwargs
+        if kwargs.get("c_gen_conditioning_zero", False):
+            c = torch.zeros_like(c)
+        c = c * kwargs.get("c_scale", 0)
+        return self.backbone.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
+
+    def planes(
+        self, ws: Tensor, noise_mode: NoiseMode = "const", force_fp32: bool = False
+    ) -> Tensor:
+        """Return the tri-planes [B, 3, C, P, P] of ws."""
+        return self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, (3, -1))
+
+    def synthesis(
+        self,
+        ws: Tensor,
+        c: Tensor,
+        neural_rendering_resolution: int | None = None,
+        noise_mode: NoiseMode = "const",
+        superresolve: bool = True,
+        planes: Tensor | None = None,
+        force_fp32: bool = False,
+    ) -> dict[str, Tensor]:
+        """Render ws from the cameras c.
+
+        Args:
+            ws: Style codes, [B, num_ws, w_dim].
+            c: Camera labels, [B, 25], or K cameras for each of ws, [B, K, 25], which share one
+                backbone pass; outputs then have a batch of B * K, K fastest.
+            neural_rendering_resolution: n for this call; None is the generator's own.
+            noise_mode: Noise of the backbone. Super-resolution has its own, in rendering_kwargs.
+            superresolve: Make `image`.
+            planes: What `planes(ws)` returned before, to skip the backbone.
+            force_fp32: No half precision.
+
+        Returns:
+            `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
+            super-resolution, `image_depth` [B, 1, n, n], opacity `acc` [B, 1, n, n] and the
+            foreground `mask` [B, 1, n, n]: acc, faded out beyond
+            rendering_kwargs["foreground_depth"] if that is given. EG3D's 2X and 4X models add a
+            super-resolution term to their image_raw by mistake; here it is the clean one.
+        """
+        n = neural_rendering_resolution or self.neural_rendering_resolution
+        views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
+        if planes is None:
+            planes = self.planes(ws, noise_mode, force_fp32)
+        origins, directions = (
+            rays.unflatten(0, views.shape[:2]).flatten(1, 2)
+            for rays in pixel_rays(views.flatten(0, 1), n)
+        )  # [B, K * n * n, 3]
+        maps = self._render(planes, origins, directions)
+        features, depth, acc = (
+            m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1) for m in maps
+        )  # [B * K, channels, n, n]
+        out = {
+            "image_raw": features[:, : self.img_channels],
+            "image_depth": depth,
+            "acc": acc,
+            "mask": self._foreground(depth, acc),
+        }
+        if superresolve:
+            out["image"] = self.superresolution(
+                out["image_raw"],
+                features,
+                ws.repeat_interleave(views.shape[1], dim=0),
+                self.rendering_kwargs.get("superresolution_noise_mode", "none"),
+                force_fp32,
+            )
+        return out
+
+    def render_rays(
+        self, planes: Tensor, origins: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Render single rays through tri-planes.
+
+        Args:
+            planes: Tri-planes, [B, 3, C, P, P].
+            origins: Ray origins, [B, M, 3].
+            directions: Unit directions, [B, M, 3].
+
+        Returns:
+            Features [B, M, 32] in [-1, 1] (the first three are the colour), depth [B, M, 1] and
+            opacity acc [B, M, 1].
+        """
+        features, depth, acc = self._render(planes, origins, directions)
+        return features.mT, depth.mT, acc.mT
+
+    def sample_mixed(
+        self,
+        coordinates: Tensor,
+        directions: Tensor | None,
+        ws: Tensor,
+        noise_mode: NoiseMode = "const",
+        planes: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Evaluate the field at points.
+
+        Args:
+            coordinates: Points in world units, [B, N, 3].
+            directions: View directions; EG3D ignores them.
+            ws: Style codes, [B, num_ws, w_dim].
+            noise_mode: Noise of the backbone.
+            planes: What `planes(ws)` returned before, to skip the backbone.
+
+        Returns:
+            `rgb` [B, N, 32] in (-0.001, 1.001) and the raw `sigma` [B, N, 1].
+        """
+        planes = self.planes(ws, noise_mode) if planes is None else planes
+        box_warp = self.rendering_kwargs["box_warp"]
+        maps, projections = fold_planes(planes, self.plane_axes, box_warp)
+        uv = torch.einsum("bni,qij->bqnj", coordinates, projections).unsqueeze(3)
+        sigma, colour = self.decoder(look_up(maps, uv).flatten(2))  # [B, N], [B, C, N]
+        return {"rgb": widen(colour).mT, "sigma": sigma.unsqueeze(-1)}
+
+    def sample(
+        self,
+        coordinates: Tensor,
+        directions: Tensor | None,
+        z: Tensor,
+        c: Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "const",
+    ) -> dict[str, Tensor]:
+        """Evaluate the field of z, conditioned on the camera c, at points (see `sample_mixed`)."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.sample_mixed(coordinates, directions, ws, noise_mode)
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        neural_rendering_resolution: int | None = None,
+        update_emas: bool = False,
+        noise_mode: NoiseMode = "const",
+    ) -> dict[str, Tensor]:
+        """Render z with one camera c that conditions the identity too (see `synthesis`)."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
+        return self.synthesis(ws, c, neural_rendering_resolution, noise_mode)
+
+    def _render(
+        self, planes: Tensor, origins: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
+        options = RayOptions.from_kwargs(self.rendering_kwargs)
+        return render(planes, self.decoder, origins, directions, self.plane_axes, options)
+
+    def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:
+        """Return the mask: acc where depth is less than the foreground's, softly."""
+        limit = self.rendering_kwargs.get("foreground_depth")
+        if limit is None:
+            return acc
+        return acc * torch.sigmoid((limit - depth) / MASK_SOFTNESS)
+
+
+OWN_ARGUMENTS = {
+    "plane_resolution": 256,
+    "plane_channels": 32,
+    "decoder_hidden": 64,
+    "feature_channels": 32,
+}
+
+
+def _changed_kwargs(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return constructor arguments as JSON-able data, ours only where they differ from EG3D's."""
+    return {
+        name: copy.deepcopy(value) if value is not None else value
+        for name, value in arguments.items()
+        if OWN_ARGUMENTS.get(name, ...) != value
+    }

@@ -1,0 +1,381 @@
+"""Volume rendering of tri-planes: rays, plane lookup, importance sampling, ray marching.
+
+Depths are distances along unit rays. Planes span the cube of side `box_warp` about the origin.
+B batch, M rays of one batch element, S samples of a ray, C feature channels, P plane size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.cameras import split_label
+from models.stylegan2 import FullyConnected
+
+# Samples evaluated at once [points]; a few MB of activations stay in a CPU's cache.
+CHUNK_POINTS = 2**15
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """The part of EG3D's rendering_kwargs that says how rays are sampled."""
+
+    ray_start: float | Literal["auto"]
+    ray_end: float | Literal["auto"]
+    depth_resolution: int
+    depth_resolution_importance: int
+    disparity_space_sampling: bool
+    box_warp: float
+    white_back: bool = False
+
+    @classmethod
+    def from_kwargs(cls, kwargs: dict) -> "RayOptions":
+        """Check EG3D's rendering_kwargs and keep what rays need.
+
+        Raises:
+            ValueError: a key is missing or its value is out of range; names both.
+        """
+        names = [name for name in cls.__dataclass_fields__ if name != "white_back"]
+        missing = [name for name in [*names, "clamp_mode"] if name not in kwargs]
+        if missing:
+            raise ValueError(f"rendering_kwargs lacks {', '.join(missing)}")
+        options = cls(
+            **{name: kwargs[name] for name in names}, white_back=kwargs.get("white_back", False)
+        )
+        options.check()
+        if kwargs["clamp_mode"] != "softplus":
+            raise ValueError(f"clamp_mode must be 'softplus', got {kwargs['clamp_mode']!r}")
+        if kwargs.get("density_noise", 0) != 0:
+            raise ValueError(f"density_noise must be 0, got {kwargs['density_noise']}")
+        return options
+
+    def check(self) -> None:
+        """Raise ValueError for values that no render can honour."""
+        start, end = self.ray_start, self.ray_end
+        if "auto" in (start, end):
+            if start != end:
+                raise ValueError(
+                    f"ray_start and ray_end must both be 'auto' or numbers, got {start!r}, {end!r}"
+                )
+            if self.disparity_space_sampling:
+                raise ValueError("disparity_space_sampling needs numbers as ray_start and ray_end")
+        elif not 0 < start < end:
+            raise ValueError(f"rays need 0 < ray_start < ray_end, got {start!r}, {end!r}")
+        if not self.box_warp > 0:
+            raise ValueError(f"box_warp must be positive, got {self.box_warp!r}")
+        fewest = 4 if self.depth_resolution_importance else 2
+        if self.depth_resolution < fewest or self.depth_resolution_importance < 0:
+            raise ValueError(
+                f"depth_resolution must be >= {fewest} and depth_resolution_importance >= 0, "
+                f"got {self.depth_resolution}, {self.depth_resolution_importance}"
+            )
+
+
+class Decoder(nn.Module):
+    """Plane features to raw density and colour channels (EG3D's OSGDecoder)."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, lr_mul: float) -> None:
+        """Create the two layers; `lr_mul` scales their learning rate."""
+        super().__init__()
+        self.net = nn.Sequential(
+            FullyConnected(in_channels, hidden, lr_multiplier=lr_mul),
+            nn.Softplus(),
+            FullyConnected(hidden, 1 + out_channels, lr_multiplier=lr_mul),
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Map features [B, C, N] to raw densities [B, N] and colours [B, C', N] in (0, 1)."""
+        first, activation, second = self.net
+        hidden = activation(_channel_linear(first, features))  # [B, hidden, N]
+        y = _channel_linear(second, hidden)  # [B, 1 + C', N]
+        return y[:, 0], y[:, 1:].sigmoid()
+
+
+def _channel_linear(layer: FullyConnected, x: Tensor) -> Tensor:
+    """Apply a linear layer to the channels of [B, C, N]: no transposed copies of the samples."""
+    weight = (layer.weight * layer.weight_gain).expand(len(x), -1, -1)
+    return torch.baddbmm((layer.bias * layer.bias_gain)[:, None], weight, x)
+
+
+def widen(colour: Tensor, total: Tensor | float = 1.0) -> Tensor:
+    """Stretch colours from (0, 1) to EG3D's (-0.001, 1.001); of weighted sums, `total` weighs."""
+    return colour * (1 + 2 * 0.001) - 0.001 * total
+
+
+def pixel_rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """Return origins and unit directions, [B, n * n, 3] each, through the pixels' centres.
+
+    Args:
+        c: Camera labels, [B, 25].
+        resolution: Image size n; rays are row-major, ray i * n + j is row i, column j.
+    """
+    cam2world, K = split_label(c)
+    fx, skew, cx = K[:, 0, 0, None], K[:, 0, 1, None], K[:, 0, 2, None]  # [B, 1]
+    fy, cy = K[:, 1, 1, None], K[:, 1, 2, None]
+    centres = (torch.arange(resolution, device=c.device, dtype=c.dtype) + 0.5) / resolution
+    v, u = (grid.flatten()[None] for grid in torch.meshgrid(centres, centres, indexing="ij"))
+
+    x = (u - cx + cy * skew / fy - skew * v / fy) / fx  # [B, M]
+    y = ((v - cy) / fy).expand_as(x)
+    directions = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ cam2world[:, :3, :3].mT
+    origins = cam2world[:, None, :3, 3].expand_as(directions)
+    return origins, F.normalize(directions, dim=-1)
+
+
+def fold_planes(planes: Tensor, plane_axes: Tensor, box_warp: float) -> tuple[Tensor, Tensor]:
+    """Prepare tri-planes for lookups: the fewest maps whose samples sum to the planes' mean.
+
+    A bilinear lookup is linear in its map, so planes read at the same coordinates are added
+    beforehand. EG3D's own axes read one plane at (x, z) and another at (z, x): these become one
+    map, and every point needs two lookups instead of three.
+
+    Args:
+        planes: Tri-planes, [B, 3, C, P, P].
+        plane_axes: Rows are the axes of each plane, [3, 3, 3].
+        box_warp: Side of the cube that the planes span.
+
+    Returns:
+        Maps [B, Q, C, P, P], channels last, and matrices [Q, 3, 2] from points to coordinates.
+    """
+    to_plane = torch.linalg.inv(plane_axes.float().cpu())[:, :, :2] * (2 / box_warp)  # [3, 3, 2]
+    maps: list[Tensor] = []
+    projections: list[Tensor] = []
+    for plane, projection in zip(planes.unbind(1), to_plane, strict=True):
+        for i, known in enumerate(projections):
+            if torch.equal(projection, known):
+                maps[i] = maps[i] + plane
+                break
+            if torch.equal(projection.flip(1), known):
+                maps[i] = maps[i] + plane.mT
+                break
+        else:
+            maps.append(plane)
+            projections.append(projection)
+    channels_last = torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1)  # [B, Q, P, P, C]
+    folded = channels_last.permute(0, 1, 4, 2, 3) / planes.shape[1]
+    return folded, torch.stack(projections).to(planes.device)
+
+
+def look_up(maps: Tensor, coordinates: Tensor) -> Tensor:
+    """Sample maps [B, Q, C, P, P] at [B, Q, M, S, 2] in [-1, 1]; sum over Q to [B, C, M, S].
+
+    Outside of [-1, 1] maps are zero.
+    """
+    samples = F.grid_sample(
+        maps.flatten(0, 1), coordinates.flatten(0, 1), padding_mode="zeros", align_corners=False
+    )
+    return samples.unflatten(0, maps.shape[:2]).sum(dim=1)
+
+
+def box_depths(origins: Tensor, directions: Tensor, side: float) -> tuple[Tensor, Tensor]:
+    """Return where rays [B, M, 3] enter and leave the cube of that side, [B, M, 1] each.
+
+    A ray that misses takes the least entry of the whole batch, and its greatest *entry* as the
+    end: EG3D's rule, kept for parity. If all miss, they get -1 and -2. A camera inside the cube
+    starts behind itself.
+    """
+    inverse = 1 / directions.detach()
+    near = (-side / 2 - origins.detach()) * inverse
+    far = (side / 2 - origins.detach()) * inverse
+    start = torch.minimum(near, far).amax(dim=-1, keepdim=True)  # [B, M, 1]
+    end = torch.maximum(near, far).amin(dim=-1, keepdim=True)
+    hit = end > start
+    if not hit.any():
+        return torch.full_like(start, -1), torch.full_like(end, -2)
+    entries = start[hit]
+    return torch.where(hit, start, entries.min()), torch.where(hit, end, entries.max())
+
+
+def coarse_depths(origins: Tensor, directions: Tensor, options: RayOptions) -> Tensor:
+    """Draw one depth in each of S strata of each ray, [B, M, S].
+
+    Calls `torch.rand_like` on [B, M, S, 1]. The jitter only moves forward, so the last depth may
+    lie beyond `ray_end`.
+    """
+    count = options.depth_resolution
+    steps = torch.linspace(0, 1, count, device=origins.device)[:, None]  # [S, 1]
+    steps = steps.repeat(*origins.shape[:2], 1, 1)  # [B, M, S, 1]
+    t = (steps + torch.rand_like(steps) / (count - 1)).squeeze(-1)  # [B, M, S]
+
+    start, end = options.ray_start, options.ray_end
+    if options.disparity_space_sampling:
+        return 1 / (1 / start * (1 - t) + 1 / end * t)
+    if start == "auto":
+        start, end = box_depths(origins, directions, options.box_warp)
+    return start + t * (end - start)
+
+
+def importance_depths(depths: Tensor, weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw depths where a coarse march found weight, by inverting its cumulative distribution.
+
+    EG3D's pairing is kept: weights belong to bins half an interval too near, and the last bin is
+    never drawn.
+
+    Args:
+        depths: Coarse depths, ascending, [..., S].
+        weights: Weight of each interval between them, [..., S - 1].
+        uniform: Random numbers in [0, 1), [..., S2].
+
+    Returns:
+        Depths [..., S2], not sorted.
+    """
+    bins = (depths[..., :-1] + depths[..., 1:]) / 2  # [..., S - 1]
+    padded = F.pad(weights, (1, 1))
+    peaks = torch.maximum(padded[..., :-1], padded[..., 1:])  # [..., S]
+    smooth = (peaks[..., :-1] + peaks[..., 1:]) / 2 + 0.01  # [..., S - 1]
+
+    pdf = smooth[..., 1:-1] + 1e-5  # [..., S - 3]
+    cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))  # [..., S - 2]
+    index = torch.searchsorted(cdf, uniform.contiguous(), right=True)
+    low = (index - 1).clamp(min=0)
+    high = index.clamp(max=pdf.shape[-1])
+    cdf_low, cdf_high = cdf.gather(-1, low), cdf.gather(-1, high)
+    span = cdf_high - cdf_low
+    span = torch.where(span < 1e-5, 1.0, span)
+    bins_low, bins_high = bins.gather(-1, low), bins.gather(-1, high)
+    return bins_low + (uniform - cdf_low) / span * (bins_high - bins_low)
+
+
+def march_weights(depths: Tensor, sigma: Tensor) -> Tensor:
+    """Return the weight of each interval between neighbouring samples, [..., S - 1].
+
+    Raw densities are averaged over an interval before the softplus; nothing lies behind the last.
+
+    Args:
+        depths: Ascending depths, [..., S].
+        sigma: Raw densities, [..., S].
+    """
+    density = F.softplus((sigma[..., :-1] + sigma[..., 1:]) / 2 - 1)
+    optical = density * depths.diff(dim=-1)  # [..., S - 1]
+    transmitted = torch.exp(optical - optical.cumsum(-1))  # Exclusive: up to the interval's start.
+    return (1 - torch.exp(-optical)) * transmitted
+
+
+def interval_to_sample_weights(weights: Tensor) -> Tensor:
+    """Share each interval's weight [..., S - 1] between the samples at its ends, [..., S].
+
+    Colours and depths of an interval are the mean of its ends, so these weights composite the
+    samples themselves.
+    """
+    return (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
+
+
+def expected_depth(depths: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean depth of each ray, [..., 1]; infinite for an empty one.
+
+    Args:
+        depths: Sample depths, [..., S].
+        weights: Sample weights (`interval_to_sample_weights`), [..., S].
+    """
+    acc = weights.sum(-1, keepdim=True)
+    some = acc > 0
+    mean = (weights * depths).sum(-1, keepdim=True) / torch.where(some, acc, 1.0)
+    return torch.where(some, mean, torch.inf)
+
+
+def render(
+    planes: Tensor,
+    decoder: Decoder,
+    origins: Tensor,
+    directions: Tensor,
+    plane_axes: Tensor,
+    options: RayOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Render rays through tri-planes, coarse samples first, then importance samples.
+
+    All random numbers are drawn first: `rand_like` [B, M, S, 1], then `rand` [B * M, S2].
+
+    Args:
+        planes: Tri-planes, [B, 3, C, P, P].
+        decoder: Plane features to density and colours.
+        origins: Ray origins, [B, M, 3].
+        directions: Unit ray directions, [B, M, 3].
+        plane_axes: Rows are the axes of each plane, [3, 3, 3].
+        options: How rays are sampled.
+
+    Returns:
+        Features [B, C', M] in (-1, 1), depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Empty
+        rays have the greatest depth that the batch sampled.
+    """
+    with torch.autocast(planes.device.type, enabled=False):
+        origins, directions = origins.float(), directions.float()
+        depths = coarse_depths(origins, directions, options)  # [B, M, S]
+        uniform = None
+        if options.depth_resolution_importance:
+            uniform = torch.rand(
+                depths.shape[0] * depths.shape[1],
+                options.depth_resolution_importance,
+                device=depths.device,
+            ).unflatten(0, depths.shape[:2])  # [B, M, S2]
+
+        maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
+        # Coordinates on a map are linear along a ray: project its ends once, [B, Q, M, 1, 2].
+        starts = torch.einsum("bmi,qij->bqmj", origins, projections).unsqueeze(3)
+        slopes = torch.einsum("bmi,qij->bqmj", directions, projections).unsqueeze(3)
+
+        rays = max(1, CHUNK_POINTS // (len(depths) * depths.shape[-1]))
+        parts = []
+        for i in range(0, depths.shape[1], rays):
+            chunk = slice(i, i + rays)
+            parts.append(
+                _render_chunk(
+                    maps,
+                    decoder,
+                    starts[:, :, chunk],
+                    slopes[:, :, chunk],
+                    depths[:, chunk],
+                    None if uniform is None else uniform[:, chunk],
+                )
+            )
+        features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+
+        # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
+        depth = depth.clamp(depths.min(), depths.max())
+        features = widen(features, acc)
+        if options.white_back:
+            features = features + (1 - acc)
+        return features * 2 - 1, depth, acc
+
+
+def _render_chunk(
+    maps: Tensor,
+    decoder: Decoder,
+    starts: Tensor,
+    slopes: Tensor,
+    depths: Tensor,
+    uniform: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return summed colours [B, C', M], depths [B, 1, M] (not bounded) and acc [B, 1, M]."""
+    coarse = depths.shape[-1]
+    sigma, colour = _evaluate(maps, decoder, starts, slopes, depths)
+    if uniform is None:
+        weights = interval_to_sample_weights(march_weights(depths, sigma))  # [B, M, S]
+        features = _composite(colour, weights)
+    else:
+        with torch.no_grad():
+            fine = importance_depths(depths, march_weights(depths, sigma), uniform)
+        sigma_fine, colour_fine = _evaluate(maps, decoder, starts, slopes, fine)
+        depths, order = torch.cat([depths, fine], dim=-1).sort(dim=-1)
+        sigma = torch.cat([sigma, sigma_fine], dim=-1).gather(-1, order)
+        weights = interval_to_sample_weights(march_weights(depths, sigma))  # [B, M, S + S2]
+        # Weights go back to the order of evaluation, so that the wide colours stay in place.
+        unsorted = torch.empty_like(weights).scatter(-1, order, weights)
+        features = _composite(colour, unsorted[..., :coarse])
+        features = features + _composite(colour_fine, unsorted[..., coarse:])
+    return features, expected_depth(depths, weights).mT, weights.sum(-1, keepdim=True).mT
+
+
+def _evaluate(
+    maps: Tensor, decoder: Decoder, starts: Tensor, slopes: Tensor, depths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return raw densities [B, M, S] and colours [B, C', M, S] at depths [B, M, S] of rays."""
+    coordinates = torch.addcmul(starts, slopes, depths[:, None, :, :, None])  # [B, Q, M, S, 2]
+    sigma, colour = decoder(look_up(maps, coordinates).flatten(2))
+    return sigma.view_as(depths), colour.unflatten(2, depths.shape[1:])
+
+
+def _composite(colour: Tensor, weights: Tensor) -> Tensor:
+    """Sum colours [B, C', M, S] over each ray with weights [B, M, S] to [B, C', M]."""
+    return (colour * weights.unsqueeze(1)).sum(dim=-1)

@@ -1,0 +1,355 @@
+"""StyleGAN2 (arXiv:1912.04958): mapping network, modulated convolutions, synthesis blocks.
+
+Names, shapes and order of all parameters and buffers are those of EG3D's checkpoints. Weights are
+stored unscaled and multiplied by their gain at run time (equalised learning rate).
+B batch, C channels, H W pixels, D = w_dim. Activations are channels-last, which on a CPU makes
+the strided convolutions twice as fast.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NoiseMode = Literal["const", "random", "none"]
+FP16_CLAMP = 256.0  # EG3D clamps the activations of blocks that may run in half precision.
+
+
+class FullyConnected(nn.Module):
+    """Linear layer with equalised learning rate, y = act(x W^T lr / sqrt(in) + b lr)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Literal["linear", "lrelu"] = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        """Create the layer; the bias starts at `bias_init`."""
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        y = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.activation == "lrelu" else y
+
+
+class MappingNetwork(nn.Module):
+    """z and the camera label c to the style codes ws."""
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int,
+        num_layers: int = 8,
+        lr_multiplier: float = 0.01,
+        w_avg_beta: float = 0.998,
+    ) -> None:
+        """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`."""
+        super().__init__()
+        self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.embed = FullyConnected(c_dim, w_dim)
+        for i in range(num_layers):
+            in_features = z_dim + w_dim if i == 0 else w_dim
+            setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, "lrelu", lr_multiplier))
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_emas: bool = False,
+    ) -> Tensor:
+        """Map z [B, z_dim] and c [B, c_dim] to ws [B, num_ws, D].
+
+        Args:
+            z: Latent codes; only their direction matters, they are scaled to unit RMS.
+            c: Camera labels that condition the identity.
+            truncation_psi: 1 keeps ws, 0 gives the average code w_avg.
+            truncation_cutoff: Truncate only the first so many codes; None truncates all.
+            update_emas: Move w_avg towards this batch's mean.
+        """
+        x = torch.cat([unit_rms(z.float()), unit_rms(self.embed(c.float()))], dim=1)
+        for i in range(self.num_layers):
+            x = getattr(self, f"fc{i}")(x)  # [B, D]
+        if update_emas:
+            self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+
+        ws = x.unsqueeze(1).repeat(1, self.num_ws, 1)  # [B, num_ws, D]
+        if truncation_psi != 1:
+            truncated = self.w_avg.lerp(ws[:, :truncation_cutoff], truncation_psi)
+            ws = torch.cat([truncated, ws[:, truncated.shape[1] :]], dim=1)
+        return ws
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Scale the rows of [B, N] to a root mean square of one."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+def fir_filter() -> Tensor:
+    """Return the resampling filter of every layer, outer([1, 3, 3, 1]) / 64, [4, 4]."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    return torch.outer(taps, taps) / 64
+
+
+def upsample2d(x: Tensor, fir: Tensor) -> Tensor:
+    """Double the size of [B, C, H, W] by zero insertion and the 4x4 filter `fir`."""
+    kernel = (fir * 4).to(x.dtype).expand(x.shape[1], 1, 4, 4)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fir: Tensor | None) -> Tensor:
+    """Convolve [B, C, H, W] with odd-sized `weight`; `fir` given, double the size on the way."""
+    if fir is None:
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [B, C', 2H + 1, 2W + 1]
+    kernel = (fir * 4).to(y.dtype).expand(y.shape[1], 1, 4, 4)
+    return F.conv2d(y, kernel, bias, padding=1, groups=y.shape[1])  # [B, C', 2H, 2W]
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    styles: Tensor,
+    gain: float = 1.0,
+    fir: Tensor | None = None,
+) -> Tensor:
+    """Convolve with `weight`, modulated per sample and demodulated; times `gain`, plus `bias`.
+
+    One sample scales the weights; several scale the activations around one shared convolution.
+
+    Args:
+        x: Activations, [B, C, H, W].
+        weight: Shared weights, [C', C, k, k].
+        bias: Added to the result, [C'].
+        styles: Scale of each input channel, [B, C].
+        gain: Scale of the demodulated convolution.
+        fir: Resampling filter [4, 4] to double the size with, or None to keep it.
+
+    Returns:
+        Activations [B, C', H, W] or [B, C', 2H, 2W].
+    """
+    if x.dtype == torch.float16:  # Keep weights and styles near one, as EG3D does.
+        weight = weight / (math.sqrt(weight[0].numel()) * weight.abs().amax((1, 2, 3), True))
+        styles = styles / styles.abs().amax(1, True)
+    energy = styles.square() @ weight.square().sum((2, 3)).T  # [B, C']
+    demodulation = gain * (energy + 1e-8).rsqrt()  # [B, C']
+    bias = bias.to(x.dtype)
+
+    if len(x) == 1:
+        weight = weight * styles[0, :, None, None] * demodulation[0, :, None, None, None]
+        return convolve(x, weight.to(x.dtype), bias, fir)
+    y = convolve(x * styles[:, :, None, None].to(x.dtype), weight.to(x.dtype), None, fir)
+    demodulation = demodulation[:, :, None, None].to(y.dtype)
+    return torch.addcmul(bias.to(y.dtype)[:, None, None], y, demodulation)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated convolution, noise, leaky ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        up: int = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        """Create the layer; `resolution` is its output's, `up` 1 or 2."""
+        super().__init__()
+        self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
+        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("resample_filter", fir_filter())
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
+        """Map [B, C, H, W] with styles from w [B, D] to [B, C', R, R], R = `resolution`."""
+        # A leaky ReLU passes positive factors through: its gain sqrt(2) is applied before it.
+        gain = math.sqrt(2)
+        fir = self.resample_filter if self.up == 2 else None
+        x = modulated_conv2d(x, self.weight, self.bias * gain, self.affine(w), gain, fir)
+        if noise_mode == "const":
+            x.add_((self.noise_const * self.noise_strength * gain).to(x.dtype))
+        elif noise_mode == "random":
+            noise = torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device)
+            x.add_((noise * self.noise_strength * gain).to(x.dtype))
+        x = F.leaky_relu_(x, 0.2)
+        return x if self.conv_clamp is None else F.hardtanh(x, -self.conv_clamp, self.conv_clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to image channels, without demodulation."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None
+    ) -> None:
+        """Create the layer; results are clamped to +-conv_clamp unless that is None."""
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """Map [B, C, H, W] with styles from w [B, D] to float32 images [B, C', H, W]."""
+        styles = self.affine(w) / math.sqrt(x.shape[1])  # [B, C]
+        weight = (self.weight[:, :, 0, 0] * styles[:, None]).to(x.dtype)  # [B, C', C]
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]
+        rgb = torch.baddbmm(self.bias.to(x.dtype), pixels, weight.transpose(1, 2))  # [B, HW, C']
+        if self.conv_clamp is not None:
+            rgb = F.hardtanh_(rgb, -self.conv_clamp, self.conv_clamp)
+        return rgb.float().unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C', H, W]
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: two layers and a contribution to the image (StyleGAN2's skip design)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        up: int = 2,
+        use_fp16: bool = False,
+        conv_clamp: float | None = None,
+    ) -> None:
+        """Create the layers; without `in_channels` the block starts from a constant."""
+        super().__init__()
+        self.up, self.use_fp16 = up, use_fp16
+        if in_channels == 0:  # The first block starts from a learned constant.
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        self.register_buffer("resample_filter", fir_filter())
+        if in_channels:
+            self.conv0 = SynthesisLayer(
+                in_channels, out_channels, w_dim, resolution, up, conv_clamp
+            )
+        self.conv1 = SynthesisLayer(
+            out_channels, out_channels, w_dim, resolution, conv_clamp=conv_clamp
+        )
+        self.torgb = ToRGB(out_channels, img_channels, w_dim, conv_clamp)
+
+    def forward(
+        self,
+        x: Tensor | None,
+        img: Tensor | None,
+        ws: list[Tensor],
+        noise_mode: NoiseMode,
+        force_fp32: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the block's activations [B, C, R, R] and the image so far [B, C', R, R].
+
+        Args:
+            x: Activations of the block before, or None for the first block.
+            img: The image so far, or None.
+            ws: One code [B, D] for each layer: conv0 (unless first), conv1, torgb.
+            noise_mode: Per-pixel noise: stored, drawn afresh, or none.
+            force_fp32: Stay in float32 where the block would run in half precision on a GPU.
+        """
+        *ws_conv0, w_conv1, w_rgb = ws
+        if x is None:
+            x = self.const.expand(len(w_conv1), -1, -1, -1)
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.use_fp16 and x.is_cuda and not force_fp32:
+            x = x.half()
+        if ws_conv0:
+            x = self.conv0(x, ws_conv0[0], noise_mode)
+        x = self.conv1(x, w_conv1, noise_mode)
+
+        rgb = self.torgb(x, w_rgb)
+        if img is not None:
+            rgb = rgb + (upsample2d(img, self.resample_filter) if self.up == 2 else img)
+        return x, rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """Style codes to an image of any number of channels: blocks of 4, 8, ... pixels."""
+
+    def __init__(
+        self,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 0,
+        conv_clamp: float | None = None,
+    ) -> None:
+        """Create the blocks; the finest `num_fp16_res` run in half precision on a GPU.
+
+        Raises:
+            ValueError: `img_resolution` is not a power of 2.
+        """
+        super().__init__()
+        log2_resolution = int(math.log2(img_resolution))
+        if img_resolution < 4 or 2**log2_resolution != img_resolution:
+            raise ValueError(f"plane resolution must be a power of 2 >= 4, got {img_resolution}")
+        self.resolutions = [2**i for i in range(2, log2_resolution + 1)]
+        self.num_ws = 2 * len(self.resolutions)
+
+        in_channels = 0
+        for i, resolution in enumerate(self.resolutions):
+            out_channels = min(channel_base // resolution, channel_max)
+            use_fp16 = i >= len(self.resolutions) - num_fp16_res
+            block = SynthesisBlock(
+                in_channels,
+                out_channels,
+                w_dim,
+                resolution,
+                img_channels,
+                use_fp16=use_fp16,
+                conv_clamp=conv_clamp,
+            )
+            setattr(self, f"b{resolution}", block)
+            in_channels = out_channels
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode, force_fp32: bool = False) -> Tensor:
+        """Map ws [B, num_ws, D] to an image [B, img_channels, R, R]."""
+        x = img = None
+        codes = list(ws.unbind(1))
+        first = 0
+        for resolution in self.resolutions:
+            layers = 2 if x is None else 3  # torgb shares its code with the next block's conv0.
+            block = getattr(self, f"b{resolution}")
+            x, img = block(x, img, codes[first : first + layers], noise_mode, force_fp32)
+            first += layers - 1
+        return img
+
+
+class Generator(nn.Module):
+    """StyleGAN2: mapping and synthesis network."""
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        mapping_kwargs: dict,
+        synthesis_kwargs: dict,
+    ) -> None:
+        """Create both; the two dicts are keyword arguments of the networks."""
+        super().__init__()
+        self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **mapping_kwargs)
