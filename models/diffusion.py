@@ -155,7 +155,15 @@ class DiffusionPrior:
 
         Returns:
             Scaled latents, [B, 4, h, w].
+
+        Raises:
+            ValueError: H or W is no such multiple.
         """
+        factor = self.vae_scale_factor
+        if images.shape[-2] % factor or images.shape[-1] % factor:
+            raise ValueError(
+                f"sides of images must be multiples of {factor}, got {list(images.shape)}"
+            )
         latents = self.vae.encode(images.float()).latent_dist.mode()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
@@ -255,7 +263,7 @@ class DiffusionPrior:
                 self.controlnet(*inputs, depth.to(dtype), return_dict=False)
             )
         if self.image_encoder is not None:
-            extra["added_cond_kwargs"] = self._picture(len(t), image_embeds, image_scale)
+            extra["added_cond_kwargs"] = self._adapter_input(len(t), image_embeds, image_scale)
         elif image_embeds is not None:
             raise ValueError("a reference picture needs an IP-Adapter, and none was loaded")
         output = self.unet(*inputs, **extra, return_dict=False)[0].float()  # [N, 4, h, w]
@@ -284,7 +292,7 @@ class DiffusionPrior:
         embeds = output.hidden_states[-2] if self._is_plus else output.image_embeds
         return embeds[:, None].float()
 
-    def _picture(self, batch: int, image_embeds: Tensor | None, scale: float) -> dict:
+    def _adapter_input(self, batch: int, image_embeds: Tensor | None, scale: float) -> dict:
         """Return the IP-Adapter's input: without a picture, zeros at scale 0 for it insists."""
         if image_embeds is None:
             scale = 0.0
@@ -335,15 +343,15 @@ def _read_vocabulary(path: Path) -> dict | None:
 
 def _load_scheduler(source: str) -> DDPMScheduler:
     """Load the noise schedule of whatever scheduler the folder names, as DDPM's."""
-    where = {"subfolder": "scheduler", "local_files_only": Path(source).is_dir()}
+    options = {"subfolder": "scheduler", "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, "scheduler"), quiet_loading():
-        config = DDPMScheduler.load_config(source, **where)
+        config = DDPMScheduler.load_config(source, **options)
         if "beta_start" not in config:
             raise ValueError(f"{config.get('_class_name')} has no noise schedule in betas")
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type is {prediction}, not epsilon or v_prediction")
-        return DDPMScheduler.from_pretrained(source, **where)
+        return DDPMScheduler.from_pretrained(source, **options)
 
 
 def _check_parts(
@@ -375,7 +383,7 @@ def _check_parts(
 
 def _check_controlnet(source: str, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
     """Refuse a ControlNet made for another UNet; it would only fail inside the first step."""
-    for key in ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block"):
+    for key in ("cross_attention_dim", "block_out_channels"):
         ours, theirs = controlnet.config[key], unet.config[key]
         if ours != theirs:
             raise ValueError(f"{source}: the ControlNet's {key} is {ours}, the UNet's {theirs}")

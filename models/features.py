@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     CLIPModel,
     CLIPTokenizer,
     Dinov2Model,
@@ -20,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from models.pretrained import load_network, load_tokenizer, one_line_errors, resolve_source
+from models.pretrained import load_network, load_tokenizer, model_type, resolve_source
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +49,7 @@ class ClipFeatures:
             ValueError: it cannot be found, is no CLIPModel or is incomplete.
         """
         source = resolve_source(source)
+        model_type(source, ["clip"])
         return cls(load_network(CLIPModel, source).to(device), load_tokenizer(source))
 
     def images(self, images: Tensor) -> Tensor:
@@ -95,18 +95,14 @@ class TokenFeatures:
             ValueError: it cannot be found, is another kind of model or is incomplete.
         """
         source = resolve_source(source)
-        local = Path(source).is_dir()
-        with one_line_errors(source):
-            config = AutoConfig.from_pretrained(source, local_files_only=local)
-            if config.model_type not in VIT_CLASSES:
-                raise ValueError(f"is a {config.model_type}, not one of {sorted(VIT_CLASSES)}")
-        model_class = VIT_CLASSES[config.model_type]
+        model_class = VIT_CLASSES[model_type(source, VIT_CLASSES)]
         model = load_network(model_class, source, optional=("pooler.",)).to(device)
+        local = Path(source).is_dir()
         try:
             given, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
         except OSError:  # The file is optional.
             given = {}
-        size = given.get("crop_size", {}).get("height", config.image_size)
+        size = given.get("crop_size", {}).get("height", model.config.image_size)
         mean, std = given.get("image_mean", IMAGENET_MEAN), given.get("image_std", IMAGENET_STD)
         return cls(model, size, mean, std)
 

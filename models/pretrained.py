@@ -6,7 +6,7 @@ A source is a local folder, for which the network is never tried, or a hub id `u
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import AutoConfig, CLIPTokenizer
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -48,20 +48,23 @@ def load_network(
         optional: How names of weights begin that may be absent, since nobody uses them.
 
     Raises:
-        ValueError: the part is absent or unreadable, was saved from another class, or its file
-            lacks weights that the class needs.
+        ValueError: the part is absent or unreadable, was saved from another class, or lacks
+            weights that the class needs.
     """
-    where = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
+    options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
         if hasattr(cls, "load_config"):  # diffusers, whose configs name their class
-            saved_class = cls.load_config(source, **where).get("_class_name")
+            saved_class = cls.load_config(source, **options).get("_class_name")
             if saved_class != cls.__name__:
-                raise ValueError(f"holds a {saved_class}, not a {cls.__name__}")
-        network, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
-        absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-        absent = [key for key in absent if not key.startswith(optional)]
-        if absent:
-            raise ValueError(f"lacks {len(absent)} weights of {cls.__name__}, such as {absent[0]}")
+                raise ValueError(f"holds {saved_class}, not {cls.__name__}")
+        else:  # transformers, which then reports misshapen weights below instead of at length
+            options["ignore_mismatched_sizes"] = True
+        options |= {"dtype": dtype, "output_loading_info": True}
+        network, info = cls.from_pretrained(source, **options)
+        bad = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        bad = sorted(key for key in bad if not key.startswith(optional))
+        if bad:
+            raise ValueError(f"{cls.__name__} weights absent or misshapen ({len(bad)}): {bad[0]}")
     return network.eval().requires_grad_(False)
 
 
@@ -71,9 +74,25 @@ def load_tokenizer(source: str, subfolder: str = "") -> CLIPTokenizer:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    where = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
+    options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
-        return CLIPTokenizer.from_pretrained(source, **where)
+        tokenizer = CLIPTokenizer.from_pretrained(source, **options)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # What transformers makes of no files.
+            raise ValueError("no vocabulary found")
+    return tokenizer
+
+
+def model_type(source: str, supported: Collection[str]) -> str:
+    """Return the kind of transformers model in a folder or hub id, from its config.json.
+
+    Raises:
+        ValueError: there is none, or its kind is not among `supported`.
+    """
+    with one_line_errors(source), quiet_loading():
+        config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+        if config.model_type not in supported:
+            raise ValueError(f"is of type {config.model_type}, not {' or '.join(supported)}")
+    return config.model_type
 
 
 @contextmanager
@@ -87,6 +106,8 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
     # The libraries raise a dozen types for bad files (OSError, KeyError, SafetensorError, httpx's).
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"has no {reason}"
         raise ValueError(f"{where}: {reason[:300]}") from error
 
 

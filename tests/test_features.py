@@ -1,0 +1,135 @@
+"""Frozen features: CLIP's embeddings and a ViT's patch tokens."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_prior import build_clip, build_dino
+from transformers import CLIPImageProcessorPil, CLIPModel, ViTConfig, ViTModel
+
+from models.features import ClipFeatures, TokenFeatures, clip_preprocess
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return build_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    return build_dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder):
+    return ClipFeatures.from_pretrained(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def dino(dino_folder):
+    return TokenFeatures.from_pretrained(dino_folder)
+
+
+def images(batch=2, height=40, width=56):
+    """Smooth pictures in [-1, 1]."""
+    torch.manual_seed(0)
+    coarse = torch.rand(batch, 3, 5, 7) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (71, 33), (20, 20)])
+def test_clip_preprocessing_agrees_with_the_official_processor(shape):
+    pixels = images(1, *shape)
+    picture = ((pixels[0] + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    official = processor(Image.fromarray(np.asarray(picture)), return_tensors="np")["pixel_values"]
+    difference = (clip_preprocess(pixels, 32) - torch.from_numpy(official)).abs()
+    assert difference.mean() < 0.01 and difference.max() < 0.1
+
+
+def test_clip_embeddings_are_unit_length_and_those_of_the_model(clip, clip_folder):
+    model = CLIPModel.from_pretrained(clip_folder)
+    pixels = images()
+    ids = clip.tokenizer(["an elf", "a robot"], padding=True, return_tensors="pt").input_ids
+    output = model(input_ids=ids, pixel_values=clip_preprocess(pixels, 32))
+    torch.testing.assert_close(clip.images(pixels), output.image_embeds)
+    torch.testing.assert_close(clip.text(["an elf", "a robot"]), output.text_embeds)
+    torch.testing.assert_close(clip.images(pixels).norm(dim=1), torch.ones(2))
+
+
+def test_long_sentence_is_cut_with_a_warning(clip):
+    with pytest.warns(UserWarning, match="'tail'"):
+        clip.text(["a " * 30 + "tail"])
+
+
+def test_tokens_are_the_networks_own_patches_in_reading_order(dino):
+    pixels = images(height=32, width=32)
+    tokens = dino.tokens(pixels)
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.25, 0.5]]).view(2, 3, 1, 1)
+    states = dino.model(((pixels + 1) / 2 - mean) / std).last_hidden_state  # [2, 1 + 64, 32]
+    assert tokens.shape == (2, 8, 8, 32)
+    torch.testing.assert_close(tokens[:, 2, 5], states[:, 1 + 2 * 8 + 5])
+
+
+def test_an_edit_in_one_corner_moves_the_token_there_most(dino):
+    pixels = images(1, 64, 64)
+    edited = pixels.clone()
+    edited[:, :, :16, 48:] *= -1
+    moved = (dino.layers(pixels, (0,))[0] - dino.layers(edited, (0,))[0]).norm(dim=-1)[0]
+    assert (moved[:2, 6:] > 0.01).all() and moved[4:, :4].max() < 1e-5
+
+
+def test_layers_are_the_networks_hidden_states(dino):
+    pixels = images(height=32, width=32)
+    first, last = dino.layers(pixels, (0, 2))
+    assert first.shape == last.shape == (2, 8, 8, 32)
+    torch.testing.assert_close(dino.model.layernorm(last), dino.tokens(pixels))
+
+
+def test_gradients_reach_the_image_and_no_parameter(clip, dino):
+    for features, model in ((clip.images, clip.model), (dino.tokens, dino.model)):
+        pixels = images().requires_grad_()
+        features(pixels)[..., 0].sum().backward()
+        assert pixels.grad.abs().sum() > 0
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_original_dino_loads_without_its_pooler(tmp_path):
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    assert TokenFeatures.from_pretrained(tmp_path).tokens(images()).shape == (2, 4, 4, 16)
+
+
+def test_input_size_is_the_preprocessors_crop(dino_folder, tmp_path):
+    for file in dino_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": {"height": 24, "width": 24}}')
+    assert TokenFeatures.from_pretrained(tmp_path).tokens(images()).shape == (2, 6, 6, 32)
+
+
+def test_loading_is_silent(clip_folder, dino_folder, capfd, recwarn):
+    ClipFeatures.from_pretrained(clip_folder)
+    TokenFeatures.from_pretrained(dino_folder)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_foreign_folders_are_refused_in_one_line(clip_folder, dino_folder, tmp_path):
+    for load, folder in (
+        (ClipFeatures.from_pretrained, dino_folder),
+        (TokenFeatures.from_pretrained, clip_folder),
+        (ClipFeatures.from_pretrained, tmp_path),
+        (TokenFeatures.from_pretrained, tmp_path),
+        (TokenFeatures.from_pretrained, tmp_path / "absent"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            load(folder)
+        assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
