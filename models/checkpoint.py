@@ -1,0 +1,167 @@
+"""Generators and training states on disk, written so that a kill never destroys what was there.
+
+A generator file is a .safetensors whose tensors have EG3D's state-dict names and whose header
+holds, as JSON, what the constructor needs. A run folder is what train.py writes; of it, this
+module knows config.json, generator.safetensors and the newest two ckpt-<step>.pt.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.eg3d import TriPlaneGenerator
+
+FORMAT = "eg3d-safetensors"
+KEPT_CHECKPOINTS = 2  # One more than a resume needs, should the newest prove unreadable.
+
+
+def load_generator(source: str | Path, device: str | torch.device = "cpu") -> TriPlaneGenerator:
+    """Load a generator: frozen, float32 and in eval mode, whatever precision it is stored in.
+
+    Args:
+        source: A .safetensors written by `save_generator`, or a run folder.
+        device: Where to put it.
+
+    Raises:
+        ValueError: the file is missing, foreign, damaged or of an unsupported kind; one line.
+    """
+    path = _find_generator(Path(source))
+    header, tensors = _read_safetensors(path)
+    try:
+        kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
+        G = TriPlaneGenerator(**kwargs)
+        G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
+        G.plane_axes = torch.tensor(header["plane_axes"])
+        G.load_state_dict(tensors)
+    # A foreign header can upset the constructor in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights fit no generator ({reason})") from error
+    return G.float().eval().requires_grad_(False).to(device)
+
+
+def save_generator(
+    G: TriPlaneGenerator, path: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a generator so that `load_generator` rebuilds it; equal weights give equal bytes.
+
+    Args:
+        G: The generator, which stays as it is.
+        path: A .safetensors, usually `<run>/generator.safetensors`.
+        dtype: Of the stored weights; float16 halves the file.
+    """
+    header = {
+        "init_kwargs": G.init_kwargs,
+        "rendering_kwargs": G.rendering_kwargs,
+        "neural_rendering_resolution": G.neural_rendering_resolution,
+        "plane_axes": G.plane_axes.tolist(),
+        "cameras": asdict(G.cameras),
+    }
+    metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
+    content = _sort_header(safetensors.torch.save(tensors, metadata))
+    atomic_write(path, lambda file: file.write(content))
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write a training state as `<run>/ckpt-<step>.pt`, and delete all but the newest two.
+
+    Args:
+        path: Where to; the digits in its name are the step.
+        state: Nested dicts and lists of tensors, numbers and strings.
+    """
+    atomic_write(path, lambda file: torch.save(state, file))
+    for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
+        old.unlink()
+
+
+def load_checkpoint(folder: str | Path) -> dict | None:
+    """Return the newest training state of a run that can be read, tensors on the CPU, or None.
+
+    A file that cannot be read is passed over with a line on stderr.
+    """
+    for path in _checkpoints(Path(folder)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        # Depending on where a file is cut, torch raises OSError, EOFError, RuntimeError, ...
+        except Exception as error:
+            print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
+    return None
+
+
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at any moment `path` is the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder exists.
+        write: Called with a binary file to write the content to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what a kill in the middle of `atomic_write` left behind."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        temporary.unlink()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return a run's ckpt-<step>.pt, newest first."""
+    steps = {p: re.fullmatch(r"ckpt-(\d+)\.pt", p.name) for p in folder.glob("ckpt-*.pt")}
+    return sorted((p for p in steps if steps[p]), key=lambda p: int(steps[p][1]), reverse=True)
+
+
+def _find_generator(source: Path) -> Path:
+    """Return the file that holds the weights of a file or run folder."""
+    if source.suffix == ".pkl":
+        raise ValueError(f"{source}: reading EG3D's pickles is not supported yet")
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or run folder (hub ids are not supported yet)")
+    if not source.is_dir():
+        return source
+    for name in ("config.json", "generator.safetensors"):
+        if not (source / name).is_file():
+            raise ValueError(f"{source}: a folder without {name} is no run to load from")
+    return source / "generator.safetensors"
+
+
+def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return the header that `save_generator` wrote and the tensors, float32."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: not written by this project (format is not {FORMAT})")
+            header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
+            return header, {name: file.get_tensor(name).float() for name in file.keys()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no readable .safetensors ({error})") from error
+
+
+def _sort_header(content: bytes) -> bytes:
+    """Sort the header of a safetensors file, whose order safetensors leaves to chance."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # The format aligns the data that follow.
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
