@@ -1,0 +1,534 @@
+"""Adapt a 3D generator to a new domain, given a sentence or one picture.
+
+    python train.py --prompt "a bronze statue"
+    python train.py --image statue.jpg --out runs/statue
+
+The method is GCA-3D (arXiv:2412.15491). Writes a run folder: config.json, log.jsonl (a row per
+step), grid-<step>.png (source heads above adapted ones), ckpt-<step>.pt (for a resume) and
+generator.safetensors (the result, for render.py). The same command resumes a run that was stopped.
+Options that are None here are set by the presets of --base and --method.
+"""
+
+import copy
+import json
+import os
+import re
+import shlex
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from losses import coarse_to_fine, hsc_loss, sds_loss
+from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
+from models.diffusion import Condition, DiffusionPrior, depth_condition
+from models.eg3d import TriPlaneGenerator
+from models.features import ClipFeatures, TokenFeatures
+from render import image_grid, portraits, read_picture, save_image, to_image
+from runs import (
+    check_run,
+    claim_run,
+    locate,
+    pick_device,
+    portable,
+    run_cli,
+    stop_requests,
+    trim_log,
+)
+
+METHODS = {
+    # Depth-aware SDS with hierarchical spatial consistency.
+    "gca3d": {"depth_scale": 1.0, "mask": True, "hsc_weight": 1.0, "hsc_temperature": 0.1},
+    # Plain score distillation, what GCA-3D is compared with.
+    "sds": {"depth_scale": 0.0, "mask": False, "hsc_weight": 0.0, "hsc_temperature": 0.1},
+}
+STABLE_DIFFUSION = {
+    "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "adapters": ("lllyasviel/control_v11f1p_sd15_depth", "h94/IP-Adapter"),
+    "features": "facebook/dinov2-small",
+    "clip": "openai/clip-vit-base-patch32",
+    "steps": 5000,
+    "batch": 4,
+    "lr": 8e-4,
+    "guidance": 100.0,
+    "t_range": (0.02, 0.5),
+    "save_every": 250,
+    "grid_every": 250,
+}
+BASES = {
+    "puppets": {
+        "generator": "checkpoints/puppets/generator.safetensors",
+        "diffusion": "checkpoints/puppets/diffusion",
+        "features": "checkpoints/puppets/dino",
+        "clip": "checkpoints/puppets/clip",
+        "steps": 200,
+        "batch": 4,
+        "lr": 5e-4,
+        "guidance": 5.0,
+        "t_range": (0.02, 0.98),
+        "save_every": 50,
+        "grid_every": 50,
+    },
+    "ffhq": STABLE_DIFFUSION,
+    "afhq": STABLE_DIFFUSION,
+}
+TUNED: dict[tuple[str, str], dict] = {}  # (base, method): what suits neither row alone.
+
+# Names of the parameters that learn. Biases, const and noise strengths stay: they would let every
+# head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them too).
+LEARNS = {
+    "gca3d": r"(backbone\.synthesis|superresolution)\..*\.weight",
+    "sds": r"(backbone\.synthesis|superresolution)\..*\.weight",
+}
+
+# What may differ between a run and its resume. The picture itself is compared, not its name.
+FREE_TO_CHANGE = {"out", "image", "device", "save_every", "grid_every"}
+POSITIVE = {"lr", "hsc_temperature"}
+AT_LEAST = {
+    **dict.fromkeys(("steps", "batch", "save_every", "grid_every"), 1),
+    **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
+}
+HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own. (DESIGN 3)
+EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
+GRID_SEEDS = list(range(8))
+
+
+@dataclass
+class Config:
+    """Options of train.py; None is replaced by the preset of --base and --method."""
+
+    prompt: str | None = None  # Target domain in words, such as "a bronze statue".
+    image: Path | None = None  # Target domain as one picture; with a prompt, both count.
+    out: Path | None = None  # Run folder; None: runs/ and the prompt's words.
+
+    base: Literal["puppets", "ffhq", "afhq"] = "puppets"  # World of the generator: its presets.
+    method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
+    generator: str | None = None  # Generator to adapt: .safetensors file or run folder.
+    diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
+    adapters: tuple[str, str] | None = None
+    """Depth ControlNet and IP-Adapter of the prior, if its folder does not hold them."""
+    features: str | None = None  # Frozen ViT that HSC compares (DINOv2 or ViT), folder or hub id.
+    clip: str | None = None  # CLIP that scores the log, folder or hub id; no loss uses it.
+
+    steps: int | None = None  # Updates of the generator; schedules run over them.
+    batch: int | None = None  # Heads per step.
+    seed: int = 0  # Together with the step, fixes every random draw.
+    lr: float | None = None  # Adam's learning rate.
+    trunc: float = 1.0  # Truncation psi of the training heads; 1: the full variety.
+
+    guidance: float | None = None  # Classifier-free guidance scale; 1: none.
+    t_range: tuple[float, float] | tuple[float, float, float] | None = None
+    """Lowest and highest diffusion time drawn, as fractions of the schedule; a third number is
+    where the highest arrives, linearly, at the last step."""
+    image_scale: float | None = None
+    """Weight of the picture in the prior; None: 1 with a picture alone, 0.6 beside a prompt."""
+    depth_scale: float | None = None  # Weight of the source's depth in the prior; 0: off.
+    mask: bool | None = None  # Whether only the source's foreground is adapted.
+    hsc_weight: float | None = None  # Hierarchical spatial consistency (lambda); 0: off.
+    hsc_temperature: float | None = None  # Softmax temperature of HSC (tau).
+
+    save_every: int | None = None  # Steps between checkpoints.
+    grid_every: int | None = None  # Steps between grids.
+    device: str | None = None  # Such as cpu or cuda; None: cuda where there is one.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a term of the objective may look at besides the adapted images; B heads of one step."""
+
+    source: Tensor  # The frozen generator's images of the same heads, [B, 3, R, R] in [-1, 1].
+    depth: Tensor | None  # Its depth as the ControlNet takes it, [B, 3, S, S] in [0, 1].
+    mask: Tensor | None  # Its foreground, [B, 1, n, n] in [0, 1].
+    t: Tensor  # Diffusion times, [B].
+    noise: Tensor  # [B, 4, h, w].
+    progress: float  # Of the run, in (0, 1].
+
+
+Term = tuple[float, Callable[[Tensor, Batch], Tensor]]  # Weight, (images, batch) -> losses [B].
+
+
+def main(cfg: Config) -> None:
+    """Adapt a generator, or go on adapting it.
+
+    Raises:
+        ValueError: an option cannot be used; nothing has been written.
+        FloatingPointError: a loss or gradient was not finite; the last checkpoint is intact.
+        SystemExit: after Ctrl+C (130) or SIGTERM (143), once a checkpoint is saved.
+    """
+    # Settle every option, and refuse what cannot work before anything is loaded or written.
+    cfg = resolve(cfg)
+    check_options(cfg)
+    picture = read_reference(cfg)
+    settings = describe_run(cfg, picture)
+    check_run(cfg.out, settings, FREE_TO_CHANGE)
+    state = load_checkpoint(cfg.out)
+    if is_finished(cfg, state):
+        print_result(cfg)
+        return
+
+    # The frozen networks: the source, the prior and its target, the ViT, CLIP for the log.
+    device = pick_device(cfg.device)
+    G_src = load_generator(locate(cfg.generator), device)
+    prior = load_prior(cfg, device)
+    vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
+    clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
+    reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
+    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale)
+    target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
+    terms = objective(cfg, prior, condition, vit)
+
+    # The copy that learns and its moving average: fresh, or as the run folder has them.
+    G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
+    weights = learning_weights(G, LEARNS[cfg.method])
+    averages = {name: G_ema.get_parameter(name) for name in weights}
+    optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
+    start = restore(state, weights, averages, optimizer) if state else 0
+
+    # The run folder.
+    claim_run(cfg.out, settings | {"generator_weights": fingerprint(G_src)}, FREE_TO_CHANGE)
+    if picture:
+        save_image(picture, cfg.out / "reference.png")
+    trim_log(cfg.out, start)
+    source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
+    if start == 0:
+        save_grid(cfg, 0, source_row, G_ema)
+
+    bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, unit="step")
+    with open(cfg.out / "log.jsonl", "a") as log, stop_requests() as stop:
+        for step in bar:
+            began = time.perf_counter()
+            progress = step / cfg.steps
+
+            # Draw on the CPU from the step's own seed: a resumed run draws what an unbroken one
+            # would, and a GPU what a CPU would.
+            torch.manual_seed(step_seed(cfg.seed, step))
+            z = torch.randn(cfg.batch, G.z_dim).to(device)
+            c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
+            t = draw_times(cfg.t_range, progress, cfg.batch, prior).to(device)  # [B]
+            noise = draw_noise(cfg.batch, prior).to(device)  # [B, 4, h, w]
+
+            # Render the same heads before and after, with one ws and one jitter of the rays.
+            # Mapping sees the frontal camera: the render camera would leak pose into identity.
+            ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
+            with torch.no_grad():
+                torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+                source = G_src.synthesis(ws, c)
+            torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+            images = G.synthesis(ws, c, force_fp32=True)["image"]  # [B, 3, R, R]
+
+            # Sum the terms' gradients at the images, then go back through the generator once.
+            batch = make_batch(cfg, source, t, noise, progress, prior.image_size)
+            gradient, row = image_gradient(terms, images, batch)
+            optimizer.zero_grad()
+            images.backward(gradient / cfg.batch)
+            row["grad_norm"] = nn.utils.get_total_norm([w.grad for w in weights.values()]).item()
+            if not all(map(isfinite, row.values())):
+                raise FloatingPointError(f"not finite at step {step}, t = {t.tolist()}: {row}")
+
+            # Update the weights and their average.
+            optimizer.step()
+            update_averages(averages, weights, half_life=EMA_HALF_LIFE * cfg.steps)
+
+            # Log the step.
+            with torch.no_grad():
+                row["clip"] = (clip.images(images) @ target.T).mean().item()
+            seconds = round(time.perf_counter() - began, 3)
+            log.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
+            log.flush()
+            bar.set_postfix_str(f"clip {row['clip']:.3f}, gradient {row['grad_norm']:.2g}")
+
+            # Once in a while: a grid, a checkpoint, an orderly stop.
+            if step % cfg.grid_every == 0 and step < cfg.steps:
+                save_grid(cfg, step, source_row, G_ema)
+            if stop or (step % cfg.save_every == 0 and step < cfg.steps):
+                save_run(cfg, step, log, G_ema, weights, averages, optimizer)
+            if stop:
+                bar.close()
+                print(f"stopped after step {step} of {cfg.steps}; the same command goes on")
+                raise SystemExit(128 + stop[0])
+
+        save_grid(cfg, cfg.steps, source_row, G_ema)
+        save_run(cfg, cfg.steps, log, G_ema, weights, averages, optimizer)
+    print_result(cfg)
+
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what the user left open: user > (base, method) > base > method."""
+    given = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in {"generator", "diffusion", "features", "clip"} & given.keys():
+        given[name] = portable(given[name])
+    if cfg.adapters:
+        given["adapters"] = tuple(map(portable, cfg.adapters))
+    words = re.findall(r"\w+", cfg.prompt or (cfg.image.stem if cfg.image else ""))
+    computed = {
+        "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
+        "image_scale": 0.6 if cfg.prompt and cfg.image else 1.0,
+    }
+    tuned = TUNED.get((cfg.base, cfg.method), {})
+    return replace(cfg, **(computed | METHODS[cfg.method] | BASES[cfg.base] | tuned | given))
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse options that no run can have.
+
+    Raises:
+        ValueError: naming the flag, the rule and the value.
+    """
+    if not (cfg.prompt or "").strip() and cfg.image is None:
+        raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
+    if cfg.generator is None:
+        raise ValueError(f"--base {cfg.base} comes without a generator: give --generator FILE")
+    for name, value in vars(cfg).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{flag} must be a finite number, got {value}")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
+        if name in POSITIVE and value <= 0:
+            raise ValueError(f"{flag} must be above 0, got {value}")
+    if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
+        raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
+
+
+def read_reference(cfg: Config) -> Image.Image | None:
+    """Read the reference picture, or the run's own copy of it once the original is gone.
+
+    Raises:
+        ValueError: it is no picture.
+    """
+    if cfg.image is None:
+        return None
+    kept = cfg.out / "reference.png"
+    return read_picture(kept if kept.exists() and not cfg.image.exists() else cfg.image)
+
+
+def describe_run(cfg: Config, picture: Image.Image | None) -> dict:
+    """Return the settings of a run as JSON knows them; of a picture, what it shows."""
+    settings = json.loads(json.dumps(asdict(cfg), default=str))
+    return settings | {"image_pixels": picture and f"crc32 {zlib.crc32(picture.tobytes()):08x}"}
+
+
+def fingerprint(G: TriPlaneGenerator) -> str:
+    """Return a checksum of a generator's weights."""
+    crc = 0
+    for tensor in G.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
+    return f"crc32 {crc:08x}"
+
+
+def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
+    """Load the diffusion prior, and warn of a prompt that it cannot understand.
+
+    Raises:
+        ValueError: it cannot be loaded, or depth is wanted and it has no ControlNet.
+    """
+    source = locate(cfg.diffusion)
+    adapters = map(locate, cfg.adapters or ())
+    # Half precision is what Stable Diffusion is always run in; the VAE stays in float32.
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    prior = DiffusionPrior.from_pretrained(source, *adapters, dtype=dtype, device=device)
+    if cfg.depth_scale and prior.controlnet is None:
+        raise ValueError(f"{source} has no ControlNet for depth: --depth-scale 0 goes without")
+    unknown = prior.unknown_words(cfg.prompt or "")
+    if unknown:
+        known = prior.vocabulary.get("domains", prior.vocabulary["words"])
+        print(
+            f"warning: the prior has never seen the words {', '.join(unknown)}; "
+            f"the domains it knows are {', '.join(known)}",
+            file=sys.stderr,
+        )
+    return prior
+
+
+def objective(
+    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures
+) -> dict[str, Term]:
+    """Return L = L_DSDS + lambda L_HSC as terms, under the names they are logged by."""
+
+    def sds(images: Tensor, batch: Batch) -> Tensor:
+        latents = prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
+        return sds_loss(
+            prior, latents, condition, batch.t, batch.noise, cfg.guidance, batch.depth, batch.mask
+        )
+
+    def hsc(images: Tensor, batch: Batch) -> Tensor:
+        tokens, tokens_src = vit.tokens(images), vit.tokens(batch.source)  # [B, g, g, D]
+        level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
+        return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature)
+
+    cells = (prior.image_size // prior.vae_scale_factor) ** 2
+    return {
+        "sds": (1 / cells, sds),  # So that weights mean the same at every latent size.
+        "hsc": (cfg.hsc_weight, hsc),
+    }
+
+
+def image_gradient(
+    terms: dict[str, Term], images: Tensor, batch: Batch
+) -> tuple[Tensor, dict[str, float]]:
+    """Sum the gradients of all terms at the images; terms of weight 0 are not computed.
+
+    Each term's graph is freed before the next is built, and none reaches into the generator.
+
+    Returns:
+        The gradient, [B, 3, R, R], and for the log each term's mean `<name>` and the mean norm of
+        its gradient `<name>_grad`, weights included.
+    """
+    leaf = images.detach().requires_grad_()
+    total, row = torch.zeros_like(leaf), {}
+    for name, (weight, loss) in terms.items():
+        if weight == 0:
+            continue
+        losses = loss(leaf, batch)  # [B]
+        gradient = weight * torch.autograd.grad(losses.sum(), leaf)[0]  # [B, 3, R, R]
+        total += gradient
+        row[name] = weight * losses.mean().item()
+        row[f"{name}_grad"] = gradient.flatten(1).norm(dim=1).mean().item()
+    return total, row
+
+
+def make_batch(
+    cfg: Config,
+    source: dict[str, Tensor],
+    t: Tensor,
+    noise: Tensor,
+    progress: float,
+    image_size: int,
+) -> Batch:
+    """Put together what the terms see of a step, leaving out what is switched off."""
+    depth, mask = source["image_depth"], source["mask"]  # [B, 1, n, n]
+    return Batch(
+        source=source["image"],
+        depth=depth_condition(depth, mask, image_size) if cfg.depth_scale else None,
+        mask=mask if cfg.mask else None,
+        t=t,
+        noise=noise,
+        progress=progress,
+    )
+
+
+def draw_times(
+    t_range: tuple[float, ...], progress: float, batch: int, prior: DiffusionPrior
+) -> Tensor:
+    """Draw diffusion times [B], uniform from the lowest to the highest that `t_range` allows now.
+
+    Args:
+        t_range: Lowest, highest and, optionally, the highest at the end; parts of the schedule.
+        progress: Of the run, in [0, 1].
+    """
+    last = len(prior.alphas_cumprod) - 1
+    high = t_range[1] + progress * (t_range[-1] - t_range[1])
+    return torch.randint(int(t_range[0] * last), int(high * last) + 1, (batch,))
+
+
+def draw_noise(batch: int, prior: DiffusionPrior) -> Tensor:
+    """Draw noise for the latents of a batch, [B, 4, h, w]."""
+    side = prior.image_size // prior.vae_scale_factor
+    return torch.randn(batch, 4, side, side)
+
+
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """Return the seed of a step's random draws; its streams are independent."""
+    return (2 * (seed * 1_000_003 + step) + stream) % 2**63
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize images to a square of this size, unless they have it."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def learning_weights(G: TriPlaneGenerator, pattern: str) -> dict[str, nn.Parameter]:
+    """Let the parameters with matching names learn, and return them by name."""
+    weights = {name: w for name, w in G.named_parameters() if re.fullmatch(pattern, name)}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return weights
+
+
+@torch.no_grad()
+def update_averages(
+    averages: dict[str, Tensor], weights: dict[str, Tensor], half_life: float
+) -> None:
+    """Move moving averages towards the weights; `half_life` is in steps."""
+    for name, average in averages.items():
+        average.lerp_(weights[name], 1 - 0.5 ** (1 / half_life))
+
+
+def save_run(
+    cfg: Config,
+    step: int,
+    log: TextIO,
+    G_ema: TriPlaneGenerator,
+    weights: dict[str, Tensor],
+    averages: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write the result so far and, last since resumes go by it, the checkpoint."""
+    os.fsync(log.fileno())
+    save_generator(G_ema, cfg.out / "generator.safetensors")
+    state = {
+        "step": step,
+        "weights": {name: weight.detach() for name, weight in weights.items()},
+        "averages": averages,
+        "optimizer": optimizer.state_dict(),
+    }
+    save_checkpoint(cfg.out / f"ckpt-{step:06d}.pt", state)
+
+
+@torch.no_grad()
+def restore(
+    state: dict,
+    weights: dict[str, Tensor],
+    averages: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put back what `save_run` saved, and return its step."""
+    for name, weight in weights.items():
+        weight.copy_(state["weights"][name])
+        averages[name].copy_(state["averages"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: TriPlaneGenerator) -> None:
+    """Write a grid of source heads [N, 3, R, R] above the same heads adapted."""
+    adapted_row = portraits(G_ema, GRID_SEEDS, cfg.trunc)
+    save_image(image_grid([source_row, adapted_row]), grid_path(cfg, step))
+
+
+def grid_path(cfg: Config, step: int) -> Path:
+    """Return where a step's grid is."""
+    return cfg.out / f"grid-{step:06d}.png"
+
+
+def is_finished(cfg: Config, state: dict | None) -> bool:
+    """Return whether a run has taken its last step and written its results."""
+    results = (cfg.out / "generator.safetensors", grid_path(cfg, cfg.steps))
+    return bool(state and state["step"] == cfg.steps and all(path.exists() for path in results))
+
+
+def print_result(cfg: Config) -> None:
+    """Say where the result is, and what to do with it."""
+    out = shlex.quote(str(cfg.out))
+    print(f"{cfg.out} is finished after {cfg.steps} steps.")
+    print(f"  generator  {cfg.out / 'generator.safetensors'}")
+    print(f"  grid       {grid_path(cfg, cfg.steps)}")
+    print(f"  render     python render.py --ckpt {out} --seeds 0-7 --out {out}/renders")
+    print("  resume     the same command, if a run was stopped; new settings want another --out")
+
+
+if __name__ == "__main__":
+    run_cli(Config, main, __doc__)
