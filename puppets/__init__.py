@@ -1,0 +1,1 @@
+"""The embedded world: procedural heads and the small networks trained on them."""

@@ -1,0 +1,114 @@
+"""The pictures that the embedded world's networks learn from, rendered in shards.
+
+`python -m puppets.data` draws heads of every domain with depth, mask, caption and a second view,
+and writes 128 of them a file to `.pretrain/data`; an interrupted run goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from models.cameras import CameraSetup
+from puppets.heads import DOMAINS, ODD_HAIR, SOURCE, TARGETS, Z_DIM, caption, render
+
+ROOT = Path(".pretrain")  # Ignored by git.
+SHARD = 128
+VALIDATION = 10_000  # Shards from this number on are never trained on.
+CAMERAS = CameraSetup(yaw_range=0.6, pitch_range=0.3, distribution="uniform")
+DOMAIN_NAMES = tuple(DOMAINS)
+
+
+@dataclass
+class Config:
+    """Options of puppets.data."""
+
+    shards: int = 73  # Training shards of 128 heads each.
+    validation: int = 6  # Validation shards.
+    worker: int = 0  # Which of `workers` this process is.
+    workers: int = 1  # Processes that share the work.
+
+
+def draw_shard(index: int) -> dict[str, np.ndarray]:
+    """Draw and render the heads of one shard; the same index always gives the same shard.
+
+    Returns:
+        rgb, view [128, 128, 128, 3] uint8 (two cameras of each head); depth float16 and mask uint8
+        [128, 128, 128]; z [128, 16], c [128, 25] and its second view's c2; domain [128]; captions.
+    """
+    rng = np.random.default_rng([20_241, index])
+    z = torch.from_numpy(rng.standard_normal((SHARD, Z_DIM))).float()
+    c, c2 = (
+        CAMERAS.label(*torch.from_numpy(rng.uniform(-1, 1, (2, SHARD)) * [[0.6], [0.3]]).float())
+        for _ in range(2)
+    )
+    rows = []
+    for i in range(SHARD):
+        domain = SOURCE if rng.random() < 0.14 else str(rng.choice(TARGETS))
+        odd = str(rng.choice(list(ODD_HAIR))) if DOMAINS[domain].attributes and rng.random() < 0.2 else None
+        rgb, depth, mask = render(z[i : i + 1], c[i : i + 1], domain, hair=odd)
+        view, _, _ = render(z[i : i + 1], c2[i : i + 1], domain, hair=odd)
+        rows.append(
+            {
+                "rgb": to_bytes(rgb)[0],
+                "view": to_bytes(view)[0],
+                "depth": depth[0, 0].half().numpy(),
+                "mask": (mask[0, 0] * 255).byte().numpy(),
+                "domain": np.int64(DOMAIN_NAMES.index(domain)),
+                "caption": caption(z[i], domain, rng, odd),
+            }
+        )
+    shard = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return shard | {"z": z.numpy(), "c": c.numpy(), "c2": c2.numpy()}
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8 (EG3D's rounding)."""
+    return (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def load(validation: bool = False, limit: int | None = None, keys: tuple[str, ...] | None = None) -> dict:
+    """Read the rendered shards into memory, concatenated.
+
+    Raises:
+        ValueError: nothing has been rendered yet.
+    """
+    files = sorted((ROOT / "data").glob("*.npz"))
+    files = [f for f in files if (int(f.stem) >= VALIDATION) == validation][:limit]
+    if not files:
+        raise ValueError(f"{ROOT / 'data'} holds no shards: run python -m puppets.data first")
+    shards = [np.load(f) for f in files]
+    return {k: np.concatenate([s[k] for s in shards]) for k in keys or shards[0].files}
+
+
+def main(cfg: Config) -> None:
+    """Render what is missing."""
+    torch.set_num_threads(1)
+    folder = ROOT / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [*range(VALIDATION, VALIDATION + cfg.validation), *range(cfg.shards)]
+    for index in tqdm(wanted[cfg.worker :: cfg.workers]):
+        path = folder / f"{index:05d}.npz"
+        if not path.exists():
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.savez(file, **draw_shard(index))
+            path.with_suffix(".part").rename(path)
+    words = sorted({w for s in load(keys=("caption",))["caption"] for w in str(s).split()})
+    domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
+    (ROOT / "vocabulary.json").write_text(json.dumps({"words": words, "domains": domains}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
