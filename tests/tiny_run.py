@@ -1,11 +1,19 @@
-"""A tiny generator and the command line that adapts it with the tiny networks of tiny_prior."""
+"""A tiny generator, and short runs that adapt it with the tiny networks of tiny_prior."""
 
+import functools
+import hashlib
+import json
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
-from models.checkpoint import save_generator
+import train
+from models.checkpoint import load_checkpoint, save_generator
+from models.diffusion import DiffusionPrior
 from models.eg3d import TriPlaneGenerator
+from models.features import ClipFeatures, TokenFeatures
 from tiny_prior import build_clip, build_dino, build_prior
 
 RENDERING = {
@@ -25,17 +33,17 @@ RENDERING = {
 }
 
 
-def build_generator(seed: int = 0, **rendering: object) -> TriPlaneGenerator:
-    """Return a generator of 32 px images with random weights and something to see in them."""
+def build_generator(seed: int = 0) -> TriPlaneGenerator:
+    """Return a generator of 32 px images with random weights."""
     torch.manual_seed(seed)
     G = TriPlaneGenerator(
-        8,
-        25,
-        16,
-        32,
-        3,
+        z_dim=8,
+        c_dim=25,
+        w_dim=16,
+        img_resolution=32,
+        img_channels=3,
         mapping_kwargs={"num_layers": 2},
-        rendering_kwargs=RENDERING | rendering,
+        rendering_kwargs=RENDERING,
         sr_kwargs={"channels": (4, 4), "input_resolution": 16},
         channel_base=128,
         channel_max=8,
@@ -48,8 +56,14 @@ def build_generator(seed: int = 0, **rendering: object) -> TriPlaneGenerator:
     return G.eval().requires_grad_(False)
 
 
-def build_world(folder: Path) -> Path:
-    """Write all that a run reads: generator.safetensors, diffusion/, dino/ and clip/."""
+@functools.cache
+def world() -> Path:
+    """Return a folder with all that a run reads: generator.safetensors, diffusion/, dino/, clip/.
+
+    It is built once, and removed when Python ends.
+    """
+    world.folder = tempfile.TemporaryDirectory()
+    folder = Path(world.folder.name)
     save_generator(build_generator(), folder / "generator.safetensors")
     build_prior(folder / "diffusion")
     build_dino(folder / "dino")
@@ -57,14 +71,14 @@ def build_world(folder: Path) -> Path:
     return folder
 
 
-def options(world: Path, out: Path, **changes: object) -> dict:
-    """Return the fields of a train.Config for a short run in that world."""
+def options(out: Path, **changes: object) -> dict:
+    """Return the fields of a train.Config for a short run on the CPU."""
     return {
         "prompt": "a bronze statue",
-        "generator": str(world / "generator.safetensors"),
-        "diffusion": str(world / "diffusion"),
-        "features": str(world / "dino"),
-        "clip": str(world / "clip"),
+        "generator": str(world() / "generator.safetensors"),
+        "diffusion": str(world() / "diffusion"),
+        "features": str(world() / "dino"),
+        "clip": str(world() / "clip"),
         "out": out,
         "steps": 6,
         "batch": 2,
@@ -72,3 +86,46 @@ def options(world: Path, out: Path, **changes: object) -> dict:
         "grid_every": 3,
         "device": "cpu",
     } | changes
+
+
+def run(out: Path, **changes: object) -> dict:
+    """Run train.main in this process and return `contents` of the run folder."""
+    train.main(train.Config(**options(out, **changes)))
+    return contents(out)
+
+
+def arguments(out: Path, **changes: object) -> list[str]:
+    """Return the command line of `options`."""
+    argv = []
+    for name, value in options(out, **changes).items():
+        if value is not None:
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    return argv
+
+
+def contents(out: Path) -> dict:
+    """Return what must be equal in equal runs: every file's bytes, but for times in the log."""
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
+    rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    found["log.jsonl"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    found["checkpoint"] = _flat(load_checkpoint(out))
+    return {k: v for k, v in found.items() if not k.endswith(".pt") and k != "config.json"}
+
+
+def _flat(value: object) -> object:
+    """Return a nested state with its tensors as bytes, so that == compares it."""
+    if isinstance(value, dict):
+        return {k: _flat(v) for k, v in value.items()}
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def load_networks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs in this process share the frozen networks, which take most of a short run."""
+    for network, load in LOADERS.items():
+        monkeypatch.setattr(network, "from_pretrained", load)
+
+
+LOADERS = {
+    network: functools.cache(network.from_pretrained)
+    for network in (DiffusionPrior, TokenFeatures, ClipFeatures)
+}

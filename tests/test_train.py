@@ -1,0 +1,448 @@
+"""The training loop: what it draws, what it changes, what survives a stop or a kill."""
+
+import builtins
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from models.checkpoint import load_checkpoint, load_generator
+from models.diffusion import DiffusionPrior
+from models.eg3d import TriPlaneGenerator
+from tiny_run import arguments, build_generator, contents, load_networks_once, run, world
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_runs():
+    """Save what takes most of a short run: loading frozen networks, rendering many heads."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        load_networks_once(monkeypatch)
+        monkeypatch.setattr(train, "GRID_SEEDS", [0])
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("unbroken") / "run")
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Replace the objective by one without networks: grey images."""
+
+    def grey(images, batch):
+        return images.square().flatten(1).sum(1)
+
+    monkeypatch.setattr(train, "objective", lambda *_: {"sds": (1.0, grey)})
+
+
+# Resuming.
+
+
+class Stopped(BaseException):
+    """A kill, as far as one process can imitate it."""
+
+
+def stop_after(monkeypatch, steps):
+    """Kill the run when it begins the step after `steps`."""
+    draw = train.draw_times
+
+    def draw_or_die(t_range, progress, *rest):
+        if progress > (steps + 0.5) / 6:
+            raise Stopped
+        return draw(t_range, progress, *rest)
+
+    monkeypatch.setattr(train, "draw_times", draw_or_die)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_resumed_run_equals_unbroken_run(tmp_path, unbroken, steps):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
+        stop_after(monkeypatch, steps)
+        run(tmp_path / "run")
+    assert run(tmp_path / "run") == unbroken
+
+
+def test_run_with_a_damaged_newest_checkpoint_equals_unbroken_run(tmp_path, unbroken, capsys):
+    run(tmp_path)
+    (tmp_path / "generator.safetensors").unlink()
+    with open(tmp_path / "ckpt-000006.pt", "r+b") as file:
+        file.truncate(1000)
+    assert run(tmp_path) == unbroken
+    assert "ckpt-000006.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("result", ["generator.safetensors", "grid-000006.png"])
+def test_lost_result_is_written_again(tmp_path, unbroken, result):
+    run(tmp_path)
+    (tmp_path / result).unlink()
+    assert run(tmp_path) == unbroken
+
+
+def test_finished_run_says_so_and_stays_as_it_is(tmp_path, unbroken, capsys, monkeypatch):
+    run(tmp_path)
+    monkeypatch.setattr(train, "load_generator", None)  # Not even loaded.
+    assert run(tmp_path) == unbroken
+    assert f"python render.py --ckpt {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_the_same_command_goes_on(tmp_path, unbroken, capsys, monkeypatch, number):
+    update = train.update_averages
+
+    def update_and_signal(*args, **kwargs):
+        update(*args, **kwargs)
+        if not (tmp_path / "ckpt-000003.pt").exists() and len(rows(tmp_path)) == 2:
+            os.kill(os.getpid(), number)  # In the middle of step 3.
+
+    monkeypatch.setattr(train, "update_averages", update_and_signal)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 128 + number
+    assert load_checkpoint(tmp_path)["step"] == 3
+    assert "same command" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    assert run(tmp_path) == unbroken
+
+
+def rows(out):
+    return [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_log_has_a_row_per_step_with_every_term(unbroken):
+    assert [row["step"] for row in unbroken["log.jsonl"]] == [1, 2, 3, 4, 5, 6]
+    names = {"step", "sds", "sds_grad", "hsc", "hsc_grad", "grad_norm", "clip"}
+    assert all(set(row) == names for row in unbroken["log.jsonl"])
+
+
+# Faults while writing.
+
+
+class Disk:
+    """Counts what is done to the disk, and fails at the act `last` and all that follow it.
+
+    A process that was killed does nothing more; on a full disk, deleting still works.
+    """
+
+    def __init__(self, monkeypatch, last=None, error=Stopped):
+        self.acts, self.last, self.error = 0, last, error
+        for name in ("replace", "fsync", "mkdir") + ("unlink",) * (error is Stopped):
+            monkeypatch.setattr(os, name, self.watched(getattr(os, name)))
+        monkeypatch.setattr(builtins, "open", self.watched_open(open))
+
+    def act(self):
+        self.acts += 1
+        if self.last and self.acts >= self.last:
+            raise self.error(28, "No space left on device")
+
+    def watched(self, function):
+        def call(*args, **kwargs):
+            self.act()
+            return function(*args, **kwargs)
+
+        return call
+
+    def watched_open(self, function):
+        def call(path, mode="r", *args, **kwargs):
+            file = function(path, mode, *args, **kwargs)
+            if "w" in mode or "a" in mode:
+                return HalfWritten(file, self)
+            return file
+
+        return call
+
+
+class HalfWritten:
+    """A file whose first and fortieth writes are acts; one that fails writes half."""
+
+    def __init__(self, file, disk):
+        self.file, self.disk, self.writes = file, disk, count()
+
+    def write(self, content):
+        if next(self.writes) in (0, 40):
+            try:
+                self.disk.act()
+            except BaseException:
+                self.file.write(content[: len(content) // 2])
+                raise
+        return self.file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.mark.parametrize("error", [Stopped, OSError])
+def test_fault_at_any_write_loses_nothing(tmp_path, cheap, monkeypatch, error):
+    monkeypatch.setattr("models.checkpoint.KEPT_CHECKPOINTS", 1)  # So that two steps see all acts.
+    short = {"steps": 2, "save_every": 1, "grid_every": 9, "batch": 1}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        disk = Disk(monkeypatch, error=error)
+        unbroken = run(tmp_path / "unbroken", **short)
+    assert disk.acts >= 30
+
+    for last in range(1, disk.acts + 1):
+        out = tmp_path / str(last)
+        with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((error, ValueError)):
+            Disk(monkeypatch, last, error)
+            run(out, **short)
+        assert run(out, **short) == unbroken, f"after a fault at act {last}"
+        shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
+    settings = {"steps": 40, "save_every": 3, "grid_every": 5}
+    unbroken = run(tmp_path / "unbroken", **settings)
+    delays, kills, finished = random.Random(0), 0, 0
+    while kills < 20:
+        out = tmp_path / f"run{finished}"
+        command = [sys.executable, train.__file__, *arguments(out, **settings)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = out / "log.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and not (log.exists() and log.stat().st_size > size):
+            time.sleep(0.02)  # Until it gets somewhere.
+        time.sleep(delays.uniform(0, 1.5))
+        process.kill()
+        if process.wait() == 0:
+            assert contents(out) == unbroken
+            finished += 1
+        kills += process.returncode != 0
+    assert run(out, **settings) == unbroken
+
+
+# The step.
+
+
+def trained(monkeypatch, tmp_path, **changes):
+    """Run, and return the source generator, the one that learned, and the frozen prior."""
+    made = {}
+    learn, load, load_prior = train.learning_weights, train.load_generator, train.load_prior
+
+    def spy(name, function):
+        def call(*args):
+            result = function(*args)
+            made[name] = args[0] if name == "G" else result
+            return result
+
+        return call
+
+    monkeypatch.setattr(train, "learning_weights", spy("G", learn))
+    monkeypatch.setattr(train, "load_generator", spy("G_src", load))
+    monkeypatch.setattr(train, "load_prior", spy("prior", load_prior))
+    run(tmp_path / "run", **changes)
+    return made["G_src"], made["G"], made["prior"]
+
+
+def test_gradient_reaches_the_learning_weights_only(monkeypatch, tmp_path):
+    G_src, G, prior = trained(monkeypatch, tmp_path, steps=1)
+    learning = {name for name, w in G.named_parameters() if w.grad is not None}
+    assert learning == {
+        name
+        for name, _ in G.named_parameters()
+        if name.startswith(("backbone.synthesis.", "superresolution.")) and name.endswith(".weight")
+    }
+    assert all(G.get_parameter(name).grad.abs().sum() > 0 for name in learning)
+    frozen = [prior.unet, prior.vae, prior.text_encoder, prior.controlnet, prior.image_encoder]
+    for network in [G_src, *frozen]:
+        assert all(w.grad is None and not w.requires_grad for w in network.parameters())
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_only_the_named_weights_change(monkeypatch, tmp_path, method):
+    G_src, G, _ = trained(monkeypatch, tmp_path, method=method)
+    G_ema = load_generator(tmp_path / "run")
+    before = G_src.state_dict()
+    for network in (G, G_ema):
+        for name, value in network.state_dict().items():
+            learns = name.endswith(".weight") and "mapping" not in name and "decoder" not in name
+            assert torch.equal(value, before[name]) != learns, name
+
+
+def test_a_step_goes_back_through_the_generator_once(monkeypatch, tmp_path):
+    passes = []
+    learn = train.learning_weights
+
+    def learn_and_watch(G, pattern):
+        weights = learn(G, pattern)
+        weights["backbone.synthesis.b4.conv1.weight"].register_hook(passes.append)
+        return weights
+
+    monkeypatch.setattr(train, "learning_weights", learn_and_watch)
+    run(tmp_path, steps=3)
+    assert len(passes) == 3
+
+
+def test_both_generators_render_the_same_before_the_first_update(monkeypatch, tmp_path):
+    rendered = []
+    synthesis = TriPlaneGenerator.synthesis
+
+    def spy(self, *args, **kwargs):
+        rendered.append(synthesis(self, *args, **kwargs))
+        return rendered[-1]
+
+    monkeypatch.setattr(TriPlaneGenerator, "synthesis", spy)
+    run(tmp_path, steps=1)
+    _, _, source, adapted, _ = rendered  # Two for the first grid, one for the last.
+    for name in source:
+        assert torch.equal(source[name], adapted[name].detach()), name
+
+
+def test_mapping_sees_the_frontal_camera(monkeypatch, tmp_path):
+    cameras = []
+    mapping = TriPlaneGenerator.mapping
+
+    def spy(self, z, c, *args, **kwargs):
+        cameras.append(c)
+        return mapping(self, z, c, *args, **kwargs)
+
+    monkeypatch.setattr(TriPlaneGenerator, "mapping", spy)
+    run(tmp_path, steps=2)
+    frontal = build_generator().cameras.frontal()
+    assert all(torch.equal(c, frontal.expand_as(c)) for c in cameras)
+
+
+def test_gradient_is_the_weighted_sum_and_stops_at_the_images():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    terms = {
+        "a": (0.5, lambda x, _: x.square().flatten(1).sum(1)),
+        "b": (2.0, lambda x, _: x.flatten(1).sum(1)),
+        "off": (0.0, None),  # Not even called.
+    }
+    gradient, row = train.image_gradient(terms, images, None)
+    torch.testing.assert_close(gradient, images.detach() + 2)
+    assert images.grad is None
+    assert row["a"] == pytest.approx(0.5 * images.square().flatten(1).sum(1).mean().item())
+    assert row["b_grad"] == pytest.approx(2 * 48**0.5)
+    assert set(row) == {"a", "a_grad", "b", "b_grad"}
+
+
+def test_average_forgets_half_in_its_half_life():
+    averages, weights = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    for _ in range(5):
+        train.update_averages(averages, weights, half_life=5)
+    assert averages["w"].item() == pytest.approx(0.5)
+
+
+def test_times_fill_the_annealed_range():
+    prior = DiffusionPrior.from_pretrained(str(world() / "diffusion"))
+    for progress, highest in [(0.0, 799), (0.5, 599), (1.0, 399)]:
+        t = train.draw_times((0.1, 0.8, 0.4), progress, 20_000, prior)
+        assert (t.min(), t.max()) == (99, highest)
+
+
+def test_streams_of_draws_never_meet():
+    seeds = [train.step_seed(s, n, k) for s in range(3) for n in range(1, 50) for k in range(2)]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_number_stops_with_step_times_and_terms(tmp_path, monkeypatch, cheap, value):
+    gradient = train.image_gradient
+    steps = count(1)
+
+    def spoil(*args):
+        total, row = gradient(*args)
+        return (total * value, row) if next(steps) == 4 else (total, row)
+
+    monkeypatch.setattr(train, "image_gradient", spoil)
+    with pytest.raises(FloatingPointError, match=r"step 4, t = \[\d+, \d+\].*'grad_norm': (nan|inf)"):
+        run(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 2
+    assert len(rows(tmp_path)) == 3
+
+
+# Presets and targets.
+
+
+def test_user_wins_over_pair_over_base_over_method(monkeypatch):
+    monkeypatch.setitem(train.METHODS, "gca3d", {**train.METHODS["gca3d"], "lr": 1, "batch": 1})
+    monkeypatch.setitem(train.METHODS["gca3d"], "steps", 1)
+    monkeypatch.setitem(train.METHODS["gca3d"], "hsc_weight", 1)
+    monkeypatch.setattr(train, "BASES", {"puppets": {"lr": 2, "batch": 2, "steps": 2}})
+    monkeypatch.setattr(train, "TUNED", {("puppets", "gca3d"): {"lr": 3, "batch": 3}})
+    cfg = train.resolve(train.Config(prompt="x", lr=4))
+    assert (cfg.lr, cfg.batch, cfg.steps, cfg.hsc_weight) == (4, 3, 2, 1)
+
+
+def test_presets_settle_every_option_and_no_base_undoes_a_method():
+    for base, base_preset in train.BASES.items():
+        for method, preset in train.METHODS.items():
+            assert not base_preset.keys() & preset.keys()
+            cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
+            open_options = {name for name, value in vars(cfg).items() if value is None}
+            assert open_options <= {"image", "adapters", "device", "generator"}
+            assert method in train.LEARNS
+
+
+def test_local_files_are_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(world())
+    cfg = train.resolve(train.Config(prompt="a bronze statue", generator="generator.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    assert Path(train.locate(cfg.generator)).samefile(world() / "generator.safetensors")
+    assert train.locate("losses.py") == str(Path(train.__file__).parent / "losses.py")
+    assert train.locate("user/model") == "user/model"
+
+
+def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
+    result = run(tmp_path, method="sds")
+    assert "hsc" not in result["log.jsonl"][0]
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["depth_scale"], settings["mask"], settings["hsc_weight"]) == (0, False, 0)
+
+
+def test_picture_is_kept_and_outlives_its_file(tmp_path, unbroken):
+    picture = tmp_path / "statue.png"
+    Image.new("RGB", (40, 60), "orange").save(picture)
+    with_picture = run(tmp_path / "a", image=picture)
+    assert with_picture["log.jsonl"] != unbroken["log.jsonl"]
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
+        stop_after(monkeypatch, 3)
+        run(tmp_path / "b", image=picture)
+    picture.unlink()
+    assert run(tmp_path / "b", image=picture) == with_picture
+
+
+def test_picture_alone_is_a_target(tmp_path):
+    Image.new("L", (30, 30), 200).save(tmp_path / "grey.png")
+    result = run(tmp_path / "run", prompt=None, image=tmp_path / "grey.png", steps=2)
+    assert len(result["log.jsonl"]) == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["image_scale"] == 1.0
+
+
+def test_unknown_words_are_warned_of(tmp_path, capsys, cheap):
+    run(tmp_path, prompt="a chrome statue", steps=1)
+    line = next(x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert "chrome" in line and "statue" in line.split(";")[1]
+
+
+def test_run_folder_may_move_with_its_repository(tmp_path, monkeypatch, cheap):
+    monkeypatch.setattr("runs.REPOSITORY", tmp_path / "here")
+    shutil.copytree(world(), tmp_path / "here" / "world")
+    local = {
+        name: str(tmp_path / "here" / "world" / name) for name in ("diffusion", "clip")
+    } | {"features": str(tmp_path / "here/world/dino")}
+    local["generator"] = str(tmp_path / "here/world/generator.safetensors")
+    first = run(tmp_path / "here" / "run", **local)
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr("runs.REPOSITORY", tmp_path / "there")
+    moved = {name: path.replace("/here/", "/there/") for name, path in local.items()}
+    assert run(tmp_path / "there" / "run", **moved) == first
