@@ -69,6 +69,7 @@ class DiffusionPrior:
         image_encoder: CLIPVisionModelWithProjection | None = None,
         vocabulary: dict | None = None,
     ) -> None:
+        """Take loaded parts that fit each other, and freeze them."""
         self.vae = vae
         self.unet = unet
         self.text_encoder = text_encoder

@@ -36,6 +36,7 @@ class ClipFeatures:
     """Embeddings of images and sentences in CLIP's common space."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        """Take both parts of one CLIP, and freeze them."""
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
 
@@ -77,6 +78,7 @@ class TokenFeatures:
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
+        """Take a ViT, the size of its input in pixels and its image statistics in [0, 1]."""
         self.model = model.eval().requires_grad_(False)
         self.size = size
         self.mean = mean

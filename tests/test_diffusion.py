@@ -1,6 +1,7 @@
 """The diffusion prior on a tiny diffusers folder: what it computes and what it refuses to load."""
 
 import json
+import logging
 import shutil
 import socket
 from pathlib import Path
@@ -249,13 +250,17 @@ def test_parts_named_explicitly_win_over_those_beside_the_model(folder, prior, t
     assert (mixed.encode_reference(picture()) != prior.encode_reference(picture())).any()
 
 
-def test_loading_is_silent_and_never_looks_for_a_network(folder, monkeypatch, capfd, recwarn):
+def test_loading_is_silent_and_never_looks_for_a_network(
+    folder, monkeypatch, capfd, caplog, recwarn
+):
     calls = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: calls.append(args))
+    for library in ("diffusers", "transformers"):  # Their loggers do not propagate.
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     DiffusionPrior.from_pretrained(folder)
     assert not calls
     assert capfd.readouterr() == ("", "")
-    assert not recwarn.list
+    assert not caplog.records and not recwarn.list
 
 
 def edit_json(path, **changes):
@@ -303,6 +308,12 @@ DAMAGES = {
             d / "ip_adapter/models/ip-adapter_sd15.safetensors", "ip_adapter.3.to_k_ip.weight"
         ),
         "3.to_k_ip",
+    ),
+    "lost_projection_weight": (
+        lambda d: drop_weight(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors", "image_proj.norm.weight"
+        ),
+        "norm.weight",
     ),
     "truncated": (
         lambda d: (d / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x08\0\0\0"),

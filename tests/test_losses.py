@@ -112,7 +112,7 @@ def test_wrong_shapes_are_named(name, change):
 
 
 def test_hsc_equals_info_nce_worked_out_by_hand():
-    source = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])[None]
+    source = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.6, 0.8]]])[None]
     adapted = torch.tensor([[[0.8, 0.6], [0.0, 2.0]], [[0.0, -3.0], [1.0, 0.0]]])[None]
     cells, sources = adapted.view(4, 2).tolist(), source.view(4, 2).tolist()
     expected = 0.0
