@@ -31,6 +31,7 @@ class NoisePredictor(Protocol):
         depth: Tensor | None,
         image_embeds: Tensor | None,
         image_scale: float,
+        depth_scale: float,
     ) -> Tensor:
         """Return eps_hat [N, 4, h, w], without gradients."""
 
@@ -65,6 +66,7 @@ def guided_noise(
         None if depth is None else depth.repeat(2, 1, 1, 1),
         None if embeds is None else embeds.repeat_interleave(b, 0),
         condition.image_scale,
+        condition.depth_scale,
     )  # [2B, 4, h, w]
     eps_nothing, eps_condition = eps.chunk(2)
     return eps_nothing + guidance * (eps_condition - eps_nothing)

@@ -38,11 +38,13 @@ class Condition:
         image_embeds: Reference pictures, [2, n, E] (IP-Adapter) or [2, n, L, E] (Plus), n of them;
             None leaves pictures out.
         image_scale: Weight of the pictures' attention beside the text's.
+        depth_scale: Weight of the depth, where the prediction is given one.
     """
 
     text: Tensor
     image_embeds: Tensor | None = None
     image_scale: float = 1.0
+    depth_scale: float = 1.0
 
 
 class DiffusionPrior:
@@ -203,7 +205,11 @@ class DiffusionPrior:
         return self._encode_pixels(pixels)
 
     def condition(
-        self, prompt: str, reference: Tensor | None = None, image_scale: float = 1.0
+        self,
+        prompt: str,
+        reference: Tensor | None = None,
+        image_scale: float = 1.0,
+        depth_scale: float = 1.0,
     ) -> Condition:
         """Return what to guide towards: a prompt, reference pictures, or both.
 
@@ -213,20 +219,21 @@ class DiffusionPrior:
             prompt: May be empty where there is a reference.
             reference: [n, 3, H, W] in [-1, 1], any size; several pictures count as one condition.
             image_scale: Weight of the pictures beside the text.
+            depth_scale: Weight of the depth (ControlNet's conditioning scale).
 
         Raises:
             ValueError: a reference is given and no IP-Adapter was loaded.
         """
         text = self.encode_text(["", prompt])
         if reference is None:
-            return Condition(text)
+            return Condition(text, depth_scale=depth_scale)
         given = self.encode_reference(reference).transpose(0, 1)  # [1, n, E] or [1, n, L, E]
         dropped = torch.zeros_like(given)
         if self._is_plus:  # Trained with the tokens of black pixels (after normalisation: zeros).
             size = self.image_encoder.config.image_size
             dropped = self._encode_pixels(torch.zeros(1, 3, size, size, device=self.device))
             dropped = dropped.expand_as(given)
-        return Condition(text, torch.cat([dropped, given]), image_scale)
+        return Condition(text, torch.cat([dropped, given]), image_scale, depth_scale)
 
     @torch.no_grad()
     def predict_noise(
@@ -237,6 +244,7 @@ class DiffusionPrior:
         depth: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_scale: float = 1.0,
+        depth_scale: float = 1.0,
     ) -> Tensor:
         """Return the noise the prior sees in noisy latents, without guidance and gradients.
 
@@ -247,6 +255,7 @@ class DiffusionPrior:
             depth: See `depth_condition`, [N, 3, H, W]; None leaves the ControlNet out.
             image_embeds: See `encode_reference`; None leaves the IP-Adapter out.
             image_scale: Weight of the pictures beside the text.
+            depth_scale: Weight of the depth.
 
         Returns:
             eps_hat, [N, 4, h, w], for velocity-predicting models too.
@@ -261,7 +270,7 @@ class DiffusionPrior:
             if self.controlnet is None:
                 raise ValueError("a depth condition needs a ControlNet, and none was loaded")
             extra["down_block_additional_residuals"], extra["mid_block_additional_residual"] = (
-                self.controlnet(*inputs, depth.to(dtype), return_dict=False)
+                self.controlnet(*inputs, depth.to(dtype), depth_scale, return_dict=False)
             )
         if self.image_encoder is not None:
             extra["added_cond_kwargs"] = self._adapter_input(len(t), image_embeds, image_scale)

@@ -76,12 +76,13 @@ def test_guided_noise_is_exactly_that_of_the_diffusers_pipeline(kind, folder, re
         "a bronze statue",
         depth,
         num_inference_steps=2,
+        controlnet_conditioning_scale=0.7,
         guidance_scale=7.5,
         ip_adapter_image=clip_preprocess(picture(), 32),
         output_type="latent",
     )
 
-    condition = prior.condition("a bronze statue", picture(), image_scale=0.6)
+    condition = prior.condition("a bronze statue", picture(), 0.6, depth_scale=0.7)
     (latents_t, t), eps = seen[0]
     eps_nothing, eps_condition = eps.chunk(2)
     ours = guided_noise(prior, latents_t[:1], t.view(1), condition, 7.5, depth)
@@ -109,6 +110,13 @@ def test_adapter_without_a_picture_changes_nothing(kind, folder, request, copy):
     )
     off = prior.condition("an elf", picture(), image_scale=0.0)
     torch.testing.assert_close(predict(prior, off), predict(bare, bare.condition("an elf")))
+
+
+def test_depth_of_scale_zero_changes_nothing(prior):
+    off = prior.condition("an elf", depth_scale=0.0)
+    torch.testing.assert_close(
+        predict(prior, off, torch.rand(2, 3, 64, 64)), predict(prior, prior.condition("an elf"))
+    )
 
 
 def test_conditions_of_different_scales_do_not_disturb_each_other(prior):

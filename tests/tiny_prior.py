@@ -63,11 +63,12 @@ class FakePrior:
         depth: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_scale: float = 1.0,
+        depth_scale: float = 1.0,
     ) -> Tensor:
         """Return eps_hat, [N, 4, h, w]."""
         eps_hat = latents_t * _mean(text)
         if depth is not None:
-            eps_hat = eps_hat + _mean(depth)
+            eps_hat = eps_hat + depth_scale * _mean(depth)
         if image_embeds is not None:
             eps_hat = eps_hat + image_scale * _mean(image_embeds)
         return eps_hat
