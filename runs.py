@@ -92,7 +92,8 @@ def check_folder(folder: Path) -> None:
         ValueError: the path names or leads through a file, or may not be written.
     """
     try:
-        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+        candidates = (folder, *folder.absolute().parents)
+        nearest = next(path for path in candidates if path.exists() or path.is_symlink())
     except OSError as error:
         raise ValueError(f"--out {folder}: {error.strerror}") from error
     if not nearest.is_dir():
@@ -130,7 +131,7 @@ def read_settings(folder: Path) -> dict:
 
 
 def check_run(folder: Path, settings: dict, free: set[str]) -> None:
-    """Refuse a run folder that cannot be written, or was made with other settings.
+    """Refuse a run folder that was made with other settings.
 
     Args:
         folder: The run folder, which need not exist.
@@ -140,7 +141,6 @@ def check_run(folder: Path, settings: dict, free: set[str]) -> None:
     Raises:
         ValueError: naming the settings that differ.
     """
-    check_folder(folder)
     if not (folder / "config.json").exists():
         if any(folder.glob("ckpt-*.pt")):
             raise ValueError(f"--out {folder} holds checkpoints of a run but no config.json")

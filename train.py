@@ -36,6 +36,7 @@ from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 from render import image_grid, portraits, read_picture, save_image, to_image
 from runs import (
+    check_folder,
     check_run,
     claim_run,
     locate,
@@ -280,7 +281,7 @@ def resolve(cfg: Config) -> Config:
 
 
 def check_options(cfg: Config) -> None:
-    """Refuse options that no run can have.
+    """Refuse options that no run can have, and a folder that cannot be written.
 
     Raises:
         ValueError: naming the flag, the rule and the value.
@@ -299,6 +300,7 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
         raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
+    check_folder(cfg.out)
 
 
 def read_reference(cfg: Config) -> Image.Image | None:

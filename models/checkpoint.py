@@ -41,7 +41,7 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
         kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
         G = TriPlaneGenerator(**kwargs)
         G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
-        G.plane_axes = torch.tensor(header["plane_axes"])
+        G.plane_axes = torch.tensor(header["plane_axes"]).view(3, 3, 3)
         G.load_state_dict(tensors)
     # A foreign header can upset the constructor in any way.
     except Exception as error:

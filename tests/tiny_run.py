@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_prior import build_clip, build_dino, build_prior
 
 import train
 from models.checkpoint import load_checkpoint, save_generator
 from models.diffusion import DiffusionPrior
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
-from tiny_prior import build_clip, build_dino, build_prior
 
 RENDERING = {
     "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",

@@ -1,0 +1,280 @@
+"""Generator files and training states: round trips, refusals, and writes that are cut short."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_run import build_generator
+
+from models.checkpoint import (
+    atomic_write,
+    load_checkpoint,
+    load_generator,
+    remove_leftovers,
+    save_checkpoint,
+    save_generator,
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_generator(build_generator(), tmp_path / "g.safetensors")
+    return tmp_path / "g.safetensors"
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+# Generators.
+
+
+def test_generator_comes_back_as_it_was(saved):
+    G, loaded = build_generator(), load_generator(saved)
+    for name, value in G.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert loaded.neural_rendering_resolution == 12
+    assert loaded.rendering_kwargs == G.rendering_kwargs
+    assert loaded.cameras == G.cameras
+    c = G.cameras.frontal()
+    ws = G.mapping(torch.ones(1, 8), c)
+    images = []
+    for network in (G, loaded):
+        torch.manual_seed(0)
+        images.append(network.synthesis(ws, c)["image"])
+    assert torch.equal(*images)
+
+
+def test_changes_after_construction_are_kept(tmp_path):
+    G = build_generator()
+    G.plane_axes = G.plane_axes.flip(0)
+    G.rendering_kwargs["foreground_depth"] = 2.85
+    save_generator(G, tmp_path / "g.safetensors")
+    loaded = load_generator(tmp_path / "g.safetensors")
+    assert torch.equal(loaded.plane_axes, G.plane_axes)
+    assert loaded.rendering_kwargs["foreground_depth"] == 2.85
+
+
+def test_half_precision_file_loads_as_float32_and_frozen(tmp_path, saved):
+    save_generator(build_generator(), tmp_path / "half.safetensors", torch.float16)
+    assert os.path.getsize(tmp_path / "half.safetensors") < 0.7 * os.path.getsize(saved)
+    G = load_generator(tmp_path / "half.safetensors")
+    assert {value.dtype for value in G.state_dict().values()} == {torch.float32}
+    assert not G.training and not any(w.requires_grad for w in G.parameters())
+    for name, value in build_generator().state_dict().items():
+        torch.testing.assert_close(G.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_equal_generators_make_equal_files(tmp_path, saved):
+    save_generator(build_generator(), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_header_holds_what_design_names(saved):
+    header = metadata(saved)
+    assert header.pop("format") == "eg3d-safetensors"
+    values = {key: json.loads(value) for key, value in header.items()}
+    assert values["init_kwargs"]["z_dim"] == 8
+    assert values["rendering_kwargs"]["ray_start"] == 2.25
+    assert values["neural_rendering_resolution"] == 12
+    assert torch.tensor(values["plane_axes"]).shape == (3, 3, 3)
+    assert values["cameras"]["radius"] == 2.7
+
+
+def test_run_folder_is_a_generator(tmp_path, saved):
+    saved.rename(tmp_path / "generator.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert load_generator(tmp_path).z_dim == 8
+
+
+def missing(path: Path, _):
+    return path / "none.safetensors"
+
+
+def hub_id(*_):
+    return "user/repository/generator.safetensors"
+
+
+def eg3d_pickle(path, _):
+    (path / "ffhq512-128.pkl").write_bytes(pickle.dumps({"G_ema": None}))
+    return path / "ffhq512-128.pkl"
+
+
+def folder_without_run(path, _):
+    return path
+
+
+def unfinished_run(path, _):
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def empty_file(path, _):
+    (path / "empty.safetensors").write_bytes(b"")
+    return path / "empty.safetensors"
+
+
+def random_bytes(path, _):
+    (path / "noise.safetensors").write_bytes(bytes(range(256)) * 40)
+    return path / "noise.safetensors"
+
+
+def truncated(path, saved):
+    (path / "cut.safetensors").write_bytes(saved.read_bytes()[:-100])
+    return path / "cut.safetensors"
+
+
+def cut_header(path, saved):
+    (path / "cut.safetensors").write_bytes(saved.read_bytes()[:200])
+    return path / "cut.safetensors"
+
+
+def other_project(path, saved):
+    save_file(load_file(saved), path / "foreign.safetensors", {"format": "pt"})
+    return path / "foreign.safetensors"
+
+
+def no_header(path, saved):
+    save_file(load_file(saved), path / "foreign.safetensors")
+    return path / "foreign.safetensors"
+
+
+def tampered(path, saved, drop=(), **changes):
+    tensors = {k: v for k, v in load_file(saved).items() if k not in drop}
+    save_file(tensors, path / "tampered.safetensors", metadata(saved) | changes)
+    return path / "tampered.safetensors"
+
+
+def lacking_tensor(path, saved):
+    return tampered(path, saved, drop=["decoder.net.0.bias"])
+
+
+def other_widths(path, saved):
+    kwargs = json.loads(metadata(saved)["init_kwargs"]) | {"w_dim": 12}
+    return tampered(path, saved, init_kwargs=json.dumps(kwargs))
+
+
+def unknown_argument(path, saved):
+    return tampered(path, saved, init_kwargs='{"depth": 3}')
+
+
+def list_for_arguments(path, saved):
+    return tampered(path, saved, init_kwargs="[1, 2]")
+
+
+def broken_json(path, saved):
+    return tampered(path, saved, plane_axes="[[1, 0")
+
+
+def strange_axes(path, saved):
+    return tampered(path, saved, plane_axes='"xyz"')
+
+
+def other_axes(path, saved):
+    return tampered(path, saved, plane_axes="[1, 2, 3]")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        missing,
+        hub_id,
+        eg3d_pickle,
+        folder_without_run,
+        unfinished_run,
+        empty_file,
+        random_bytes,
+        truncated,
+        cut_header,
+        other_project,
+        no_header,
+        lacking_tensor,
+        other_widths,
+        unknown_argument,
+        list_for_arguments,
+        broken_json,
+        strange_axes,
+        other_axes,
+    ],
+)
+def test_foreign_generator_is_refused_in_one_line(tmp_path, saved, make):
+    source = make(tmp_path, saved)
+    with pytest.raises(ValueError) as refusal:
+        load_generator(source)
+    assert str(refusal.value).startswith(str(source))
+    assert "\n" not in str(refusal.value)
+
+
+# Training states.
+
+
+def test_state_comes_back_and_only_the_newest_two_stay(tmp_path):
+    for step in (5, 90, 100, 1000):
+        save_checkpoint(tmp_path / f"ckpt-{step:06d}.pt", {"step": step, "w": torch.ones(step)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-000100.pt", "ckpt-001000.pt"]
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 1000
+    assert torch.equal(state["w"], torch.ones(1000))
+
+
+def test_damaged_newest_state_is_passed_over(tmp_path, capsys):
+    save_checkpoint(tmp_path / "ckpt-000001.pt", {"step": 1})
+    whole = (tmp_path / "ckpt-000001.pt").read_bytes()
+    for step, content in enumerate([b"", b"noise" * 100, whole[:-30], whole[: len(whole) // 2]], 2):
+        (tmp_path / f"ckpt-{step:06d}.pt").write_bytes(content)
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_no_state_is_none(tmp_path):
+    (tmp_path / "ckpt-best.pt").write_bytes(b"")
+    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("exploited",)
+
+
+def test_code_in_a_state_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Exploit()}, tmp_path / "ckpt-000001.pt")
+    assert load_checkpoint(tmp_path) is None
+    assert not (tmp_path / "exploited").exists()
+
+
+# Writing.
+
+
+def test_failed_write_keeps_the_old_content(tmp_path):
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(tmp_path / "file", fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    acts = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *_, name=name: acts.append(name))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert acts == ["fsync", "replace"]
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
+    for name in (".grid.png.tmp", "mine.tmp", "ckpt-000001.pt"):
+        (tmp_path / name).write_bytes(b"")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-000001.pt", "mine.tmp"]

@@ -1,0 +1,302 @@
+"""The scripts as typed: every option is documented, bad input is one line and exit code 2."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import tyro
+from PIL import Image
+from tiny_run import arguments, load_networks_once, run, world
+
+import render
+import train
+from runs import run_cli
+
+REPOSITORY = Path(train.__file__).parent
+SCRIPTS = [train, render]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_runs():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        load_networks_once(monkeypatch)
+        monkeypatch.setattr(train, "GRID_SEEDS", [0])
+        yield
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script as from the command line; return its exit code, stdout and stderr."""
+
+    def call(script, argv):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_cli(script.Config, script.main, script.__doc__)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# What is documented works.
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_help_explains_every_option(script, call):
+    code, text, _ = call(script, ["--help"])
+    assert code == 0
+    assert f"python {script.__name__}.py" in text
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
+    flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
+    assert len(flags) <= 25
+    explained = set()
+    for flag in flags:
+        match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
+        words = re.sub(r"\{.*?\}|\(default.*|\(required\)|\b[A-Z]+\b|\|", "", match[1])
+        assert len(words.split()) >= 3, flag
+        explained.add(words)
+    assert len(explained) == len(flags)  # No two options share a sentence.
+
+
+def readme_commands():
+    """Return every `python x.py ...` in the sh blocks of the README."""
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    names = {f"{script.__name__}.py" for script in SCRIPTS}
+    return [c[1:] for c in commands if c[:1] == ["python"] and c[1:2] and c[1] in names]
+
+
+@pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
+def test_readme_command_parses(argv):
+    script = import_module(Path(argv[0]).stem)
+    tyro.cli(script.Config, args=argv[1:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_docstring_commands_parse(script):
+    for line in re.findall(rf"python {script.__name__}\.py (.*)", script.__doc__):
+        tyro.cli(script.Config, args=shlex.split(line))
+
+
+@pytest.mark.parametrize("field", ["base", "method"])
+def test_choices_are_the_presets(field):
+    choices = train.Config.__annotations__[field].__args__
+    assert set(choices) == set({"base": train.BASES, "method": train.METHODS}[field])
+
+
+def test_the_commands_a_run_prints_work(tmp_path, call):
+    out = tmp_path / "a run"
+    code, text, _ = call(train, arguments(out, steps=1))
+    assert code == 0
+    command = shlex.split(re.search(r"python (render\.py .*)", text)[1])
+    assert call(render, [*command[1:], "--seeds", "0", "--device", "cpu"])[0] == 0
+    assert (out / "renders" / "grid.png").exists()
+    again = call(train, arguments(out, steps=1))
+    assert (again[0], again[1]) == (0, text)
+
+
+# Refusals.
+
+
+def foreign_generator(path):
+    (path / "g.safetensors").write_bytes(b"noise" * 100)
+    return {"generator": path / "g.safetensors"}
+
+
+def no_pipeline(path):
+    (path / "folder").mkdir()
+    return {"diffusion": path / "folder"}
+
+
+def swapped_networks(path):
+    return {"features": world() / "clip"}
+
+
+def unreadable_picture(path):
+    (path / "x.png").write_bytes(b"not a picture")
+    return {"image": path / "x.png"}
+
+
+def blocked_folder(path):
+    (path / "file").write_text("a file")
+    return {"out": path / "file" / "run"}
+
+
+def file_for_folder(path):
+    (path / "file").write_text("a file")
+    return {"out": path / "file"}
+
+
+BAD = {
+    "no target": (lambda _: {"prompt": None}, "--prompt"),
+    "blank prompt": (lambda _: {"prompt": "  "}, "--prompt"),
+    "missing generator": (lambda _: {"generator": "nowhere.safetensors"}, "nowhere.safetensors"),
+    "foreign generator": (foreign_generator, "g.safetensors"),
+    "eg3d pickle": (lambda _: {"generator": "ffhq.pkl"}, "ffhq.pkl"),
+    "no pipeline": (no_pipeline, "folder"),
+    "swapped networks": (swapped_networks, "clip"),
+    "unreadable picture": (unreadable_picture, "x.png"),
+    "missing picture": (lambda _: {"image": "nowhere.png"}, "nowhere.png"),
+    "folder below a file": (blocked_folder, "--out"),
+    "file for a folder": (file_for_folder, "--out"),
+    "folder in proc": (lambda _: {"out": "/proc/run"}, "--out"),
+    "overlong folder": (lambda _: {"out": "x" * 300}, "--out"),
+    "no such device": (lambda _: {"device": "abacus"}, "--device"),
+    **{
+        f"{name} {value}": (lambda _, name=name, value=value: {name: value}, f"--{flag}")
+        for name, value, flag in [
+            ("steps", 0, "steps"),
+            ("steps", -5, "steps"),
+            ("batch", 0, "batch"),
+            ("save_every", 0, "save-every"),
+            ("grid_every", -1, "grid-every"),
+            ("seed", -1, "seed"),
+            ("lr", 0, "lr"),
+            ("lr", "nan", "lr"),
+            ("guidance", "inf", "guidance"),
+            ("hsc_weight", -1, "hsc-weight"),
+            ("hsc_temperature", 0, "hsc-temperature"),
+            ("trunc", "nan", "trunc"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, call, case):
+    make, reason = BAD[case]
+    changes = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = call(train, arguments(**{"out": tmp_path / "run"} | changes))
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert reason in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("t_range", ["0.5 0.2", "-0.1 0.5", "0.1 1.5", "0.3 0.9 0.2", "0.5 0.5"])
+def test_bad_t_range_is_one_line(tmp_path, call, t_range):
+    argv = [*arguments(tmp_path / "run"), "--t-range", *t_range.split()]
+    code, _, err = call(train, argv)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--t-range" in err
+
+
+@pytest.mark.parametrize("argv", [["--steps", "many"], ["--method", "magic"], ["--nonsense", "1"]])
+def test_words_that_do_not_parse_exit_with_2(tmp_path, call, argv):
+    assert call(train, [*arguments(tmp_path / "run"), *argv])[0] == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_without_a_generator_asks_for_one(tmp_path, call):
+    code, _, err = call(train, ["--base", "ffhq", "--prompt", "x", "--out", tmp_path / "run"])
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--generator" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 9), ("seed", 1), ("prompt", "a robot"), ("method", "sds"), ("image", "x.png")],
+)
+def test_run_with_other_settings_is_refused_by_name(tmp_path, call, name, value):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    run(tmp_path / "run", steps=1)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    value = tmp_path / value if name == "image" else value
+    code, _, err = call(train, arguments(tmp_path / "run", **{"steps": 1, name: value}))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert name in err and str(tmp_path / "run") in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_changed_picture_is_refused(tmp_path, call):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png")
+    run(tmp_path / "run", steps=1, image=tmp_path / "x.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "x.png")
+    code, _, err = call(train, arguments(tmp_path / "run", steps=1, image=tmp_path / "x.png"))
+    assert code == 2
+    assert "image" in err
+
+
+def test_changed_generator_is_refused(tmp_path, call, monkeypatch):
+    run(tmp_path / "run", steps=1)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["generator_weights"] = "crc32 00000000"
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    (tmp_path / "run/generator.safetensors").unlink()  # So that the run is not finished.
+    code, _, err = call(train, arguments(tmp_path / "run", steps=1))
+    assert code == 2
+    assert "generator_weights" in err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"generator": 3}', "\x00"])
+def test_foreign_config_is_refused_and_kept(tmp_path, call, content):
+    (tmp_path / "config.json").write_text(content)
+    code, _, err = call(train, arguments(tmp_path))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_checkpoints_without_settings_are_refused(tmp_path, call):
+    (tmp_path / "ckpt-000002.pt").write_bytes(b"")
+    code, _, err = call(train, arguments(tmp_path))
+    assert code == 2
+    assert "config.json" in err
+
+
+def test_what_does_not_shape_the_result_may_change(tmp_path):
+    run(tmp_path / "a", steps=1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    run(tmp_path / "b", steps=1, save_every=7, grid_every=7)
+
+
+def test_failed_write_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    code, _, err = call(train, arguments(tmp_path / "run", steps=1))
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
+    infinite = {"sds": (1.0, lambda images, _: (images * float("inf")).flatten(1).sum(1))}
+    monkeypatch.setattr(train, "objective", lambda *_: infinite)
+    code, _, err = call(train, arguments(tmp_path / "run", steps=1))
+    assert code == 1
+    assert "step 1" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("seeds", ["7-3", "a", ""])
+def test_render_refuses_in_one_line(tmp_path, call, seeds):
+    argv = ["--ckpt", world() / "generator.safetensors", "--seeds", seeds, "--out", tmp_path / "o"]
+    code, _, err = call(render, argv)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fresh_process_refuses_in_one_line_from_any_folder(tmp_path):
+    """The libraries' own warnings would show here."""
+    (tmp_path / "empty").mkdir()
+    argv = arguments(tmp_path / "run", diffusion="empty")
+    command = [sys.executable, train.__file__, *argv]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]

@@ -1,0 +1,230 @@
+"""Rendering: EG3D's seeds, equal pictures for equal seeds, readable pictures of any kind."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import build_generator, load_networks_once, run, world
+
+import render
+
+RENDER = {"seeds": "3,5", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        load_networks_once(monkeypatch)
+        run(out, steps=1)
+    return out
+
+
+# Pictures out.
+
+
+def test_seeds_are_eg3d_s():
+    z = render.seed_to_z(7, 512)
+    assert z.dtype == torch.float32
+    assert np.array_equal(z.numpy(), np.random.RandomState(7).randn(1, 512).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("3", [3]), ("0-3", [0, 1, 2, 3]), ("0-1,12", [0, 1, 12]), ("5, 4-4", [5, 4])],
+)
+def test_range_includes_its_ends(text, seeds):
+    assert render.parse_range(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1-", "-1", "1-2-3", "7-3", "1,,2", "0.5", "²", "0-99999999", "9" * 10]
+)
+def test_bad_range_is_refused(text):
+    with pytest.raises(ValueError, match="--seeds"):
+        render.parse_range(text)
+
+
+def test_seed_looks_the_same_whatever_else_is_rendered():
+    G = build_generator()
+    alone = render.portraits(G, [3])
+    torch.rand(5)
+    assert torch.equal(render.portraits(G, [3, 4])[:1], alone)
+    assert not torch.equal(render.portraits(G, [4]), alone)
+
+
+def test_several_views_equal_single_views():
+    G = build_generator()
+    views = render.render(G, 1, (0.4, 0.0, -0.4))["image"]
+    assert views.shape == (3, 3, 32, 32)
+    assert not torch.equal(views[0], views[1])
+    single = render.render(G, 1, (0.4,))["image"]
+    torch.testing.assert_close(views[:1], single, atol=0.05, rtol=0)  # The rays' jitter differs.
+
+
+def test_no_variety_at_truncation_zero():
+    G = build_generator()
+    a, b = (render.render(G, seed, (0.0,), trunc=0.0)["image_depth"] for seed in (1, 2))
+    ws = [G.mapping(render.seed_to_z(s, 8), G.cameras.frontal(), 0.0) for s in (1, 2)]
+    assert torch.equal(*ws)
+    torch.testing.assert_close(a, b, atol=0.5, rtol=0)  # But for the jitter of the rays.
+
+
+def test_bytes_are_rounded_as_eg3d_does():
+    images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(1, 3, 1, 5)
+    assert render.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_picture_and_image_are_inverse():
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    assert np.array_equal(render.to_uint8(render.to_image(picture))[0], np.asarray(picture))
+
+
+def test_grid_keeps_columns_together_when_it_wraps():
+    above = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    grid = np.asarray(render.image_grid([above, -above], columns=3))
+    assert grid.shape == (8, 6, 3)
+    assert grid[::2, ::2, 0].tolist() == [[0, 64, 128], [255, 191, 128], [191, 255, 0], [64, 0, 0]]
+
+
+def test_depth_picture_is_bright_where_near():
+    depth = torch.tensor([2.4, 2.6, 3.0, 9.0]).view(1, 1, 1, 4)
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0]).view(1, 1, 1, 4)
+    picture = render.depth_images(depth, mask)
+    assert picture.shape == (1, 3, 1, 4)
+    torch.testing.assert_close(picture[0, 0, 0], torch.tensor([1.0, 1 / 3, -1.0, -1.0]))
+    assert render.depth_images(depth, mask * 0).isfinite().all()
+
+
+# The script.
+
+
+def test_generator_file_gives_three_views_a_seed(tmp_path):
+    ckpt = str(world() / "generator.safetensors")
+    render.main(render.Config(ckpt, tmp_path / "a", **RENDER))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["seed0003.png", "seed0005.png"]
+    assert Image.open(tmp_path / "a/seed0003.png").size == (96, 32)
+    render.main(render.Config(ckpt, tmp_path / "b", seeds="5", device="cpu"))
+    seed = [(tmp_path / folder / "seed0005.png").read_bytes() for folder in "ab"]
+    assert seed[0] == seed[1]
+
+
+def test_run_gives_a_grid_of_source_above_adapted_too(tmp_path, adapted):
+    render.main(render.Config(str(adapted), tmp_path, depth=True, **RENDER))
+    names = {"grid.png", "seed0003.png", "seed0005.png", "seed0003_depth.png", "seed0005_depth.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert Image.open(tmp_path / "grid.png").size == (64, 64)
+    assert Image.open(tmp_path / "seed0003_depth.png").size == (36, 12)
+    G, G_src, settings = render.load_run(adapted)
+    rows = [render.portraits(network, [3, 5]) for network in (G_src, G)]
+    assert np.array_equal(render.image_grid(rows), Image.open(tmp_path / "grid.png"))
+    assert settings["prompt"] == "a bronze statue"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seeds": "7-3"}, "--seeds"),
+        ({"trunc": float("nan")}, "--trunc"),
+        ({"ckpt": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"device": "abacus"}, "--device"),
+    ],
+)
+def test_bad_option_leaves_no_folder(tmp_path, changes, reason):
+    options = {"ckpt": str(world() / "generator.safetensors"), **RENDER, **changes}
+    with pytest.raises(ValueError, match=reason):
+        render.main(render.Config(out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_result_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out"):
+        render.main(render.Config("unread", tmp_path / "file" / "out", **RENDER))
+
+
+# Pictures in.
+
+
+def gradient(mode):
+    pixels = np.linspace(0, 255, 24 * 24).reshape(24, 24).astype(np.uint8)
+    return Image.fromarray(np.stack([pixels] * 3, -1)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
+    if mode == "CMYK":
+        suffix = "tif"
+    gradient(mode).save(tmp_path / f"x.{suffix}")
+    picture = render.read_picture(tmp_path / f"x.{suffix}")
+    assert (picture.mode, picture.size) == ("RGB", (24, 24))
+    expected = gradient(mode).convert("RGB")
+    assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    pixels = (np.asarray(gradient("L"), np.uint16) * 257).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    picture = render.read_picture(tmp_path / "x.png")
+    assert np.array_equal(np.asarray(picture)[..., 0], np.asarray(gradient("L")))
+
+
+def test_transparency_becomes_white(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    picture.putpixel((0, 0), (200, 0, 0, 255))
+    picture.save(tmp_path / "x.png")
+    picture = render.read_picture(tmp_path / "x.png")
+    assert picture.getpixel((0, 0)) == (200, 0, 0)
+    assert picture.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_transparent_palette_becomes_white(tmp_path):
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([0, 0, 0, 0, 90, 0])
+    picture.putpixel((3, 3), 0)
+    picture.save(tmp_path / "x.gif", transparency=0)
+    assert render.read_picture(tmp_path / "x.gif").getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_undone(tmp_path):
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # Upside down.
+    picture.save(tmp_path / "x.png", exif=exif)
+    upright = render.read_picture(tmp_path / "x.png")
+    assert upright.getpixel((8, 2)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (700, 1), (3, 900), (1400, 1100), (512, 512)])
+def test_any_size_becomes_a_square(tmp_path, size):
+    Image.new("RGB", size, "teal").save(tmp_path / "x.png")
+    picture = render.read_picture(tmp_path / "x.png")
+    assert picture.size == (min(*size, 512),) * 2
+    assert picture.getpixel((0, 0)) == (0, 128, 128)
+
+
+def test_tall_picture_keeps_more_of_its_top(tmp_path):
+    picture = Image.new("RGB", (10, 20), "black")
+    picture.paste("white", (0, 0, 10, 4))
+    picture.save(tmp_path / "x.png")
+    assert render.read_picture(tmp_path / "x.png").getpixel((5, 0)) == (255, 255, 255)
+
+
+def test_reading_what_was_read_changes_nothing(tmp_path):
+    Image.effect_noise((800, 600), 50).save(tmp_path / "x.png")
+    once = render.read_picture(tmp_path / "x.png")
+    once.save(tmp_path / "y.png")
+    assert render.read_picture(tmp_path / "y.png").tobytes() == once.tobytes()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture at all", "cut"])
+def test_unreadable_picture_is_refused(tmp_path, content):
+    if content == "cut":
+        gradient("RGB").save(tmp_path / "x.png")
+        content = (tmp_path / "x.png").read_bytes()[:60]
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="x.png"):
+        render.read_picture(tmp_path / "x.png")
