@@ -147,9 +147,7 @@ class Config:
 class Batch:
     """What a term of the objective may look at besides the adapted images; B heads of one step."""
 
-    source: Tensor  # The frozen generator's images of the same heads, [B, 3, R, R] in [-1, 1].
-    depth: Tensor | None  # Its depth as the ControlNet takes it, [B, 3, S, S] in [0, 1].
-    mask: Tensor | None  # Its foreground, [B, 1, n, n] in [0, 1].
+    source: dict[str, Tensor]  # The frozen generator's render: image, image_depth, mask, ...
     t: Tensor  # Diffusion times, [B].
     noise: Tensor  # [B, 4, h, w].
     progress: float  # Of the run, in (0, 1].
@@ -181,12 +179,17 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
     prior = load_prior(cfg, device)
-    vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
+    vit = TokenFeatures.from_pretrained(locate(cfg.features), device) if cfg.hsc_weight else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
     reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
-    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale)
+    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
     target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
     terms = objective(cfg, prior, condition, vit)
+
+    # The run folder; nothing is written before this line.
+    claim_run(cfg.out, settings | {"generator_weights": fingerprint(G_src)}, FREE_TO_CHANGE)
+    if picture:
+        save_image(picture, cfg.out / "reference.png")
 
     # The copy that learns and its moving average: fresh, or as the run folder has them.
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
@@ -194,12 +197,9 @@ def main(cfg: Config) -> None:
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     start = restore(state, weights, averages, optimizer) if state else 0
-
-    # The run folder.
-    claim_run(cfg.out, settings | {"generator_weights": fingerprint(G_src)}, FREE_TO_CHANGE)
-    if picture:
-        save_image(picture, cfg.out / "reference.png")
     trim_log(cfg.out, start)
+
+    # Heads to look at, the same in every grid.
     source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
     if start == 0:
         save_grid(cfg, 0, source_row, G_ema)
@@ -208,18 +208,18 @@ def main(cfg: Config) -> None:
     with open(cfg.out / "log.jsonl", "a") as log, stop_requests() as stop:
         for step in bar:
             began = time.perf_counter()
-            progress = step / cfg.steps
 
             # Draw on the CPU from the step's own seed: a resumed run draws what an unbroken one
             # would, and a GPU what a CPU would.
             torch.manual_seed(step_seed(cfg.seed, step))
             z = torch.randn(cfg.batch, G.z_dim).to(device)
             c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
-            t = draw_times(cfg.t_range, progress, cfg.batch, prior).to(device)  # [B]
-            noise = draw_noise(cfg.batch, prior).to(device)  # [B, 4, h, w]
+            t = draw_times(cfg, step, prior).to(device)  # [B]
+            noise = draw_noise(cfg, prior).to(device)  # [B, 4, h, w]
 
             # Render the same heads before and after, with one ws and one jitter of the rays.
             # Mapping sees the frontal camera: the render camera would leak pose into identity.
+            # What learns is in float32, for gradients too small for half precision.
             ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
             with torch.no_grad():
                 torch.manual_seed(step_seed(cfg.seed, step, stream=1))
@@ -228,7 +228,7 @@ def main(cfg: Config) -> None:
             images = G.synthesis(ws, c, force_fp32=True)["image"]  # [B, 3, R, R]
 
             # Sum the terms' gradients at the images, then go back through the generator once.
-            batch = make_batch(cfg, source, t, noise, progress, prior.image_size)
+            batch = Batch(source, t, noise, step / cfg.steps)
             gradient, row = image_gradient(terms, images, batch)
             optimizer.zero_grad()
             images.backward(gradient / cfg.batch)
@@ -354,18 +354,26 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
 
 
 def objective(
-    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures
+    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
 ) -> dict[str, Term]:
     """Return L = L_DSDS + lambda L_HSC as terms, under the names they are logged by."""
 
     def sds(images: Tensor, batch: Batch) -> Tensor:
         latents = prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
+        depth, mask = batch.source["image_depth"], batch.source["mask"]  # [B, 1, n, n]
         return sds_loss(
-            prior, latents, condition, batch.t, batch.noise, cfg.guidance, batch.depth, batch.mask
+            prior,
+            latents,
+            condition,
+            batch.t,
+            batch.noise,
+            cfg.guidance,
+            depth=depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None,
+            mask=mask if cfg.mask else None,
         )
 
     def hsc(images: Tensor, batch: Batch) -> Tensor:
-        tokens, tokens_src = vit.tokens(images), vit.tokens(batch.source)  # [B, g, g, D]
+        tokens, tokens_src = vit.tokens(images), vit.tokens(batch.source["image"])  # [B, g, g, D]
         level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
         return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature)
 
@@ -400,44 +408,18 @@ def image_gradient(
     return total, row
 
 
-def make_batch(
-    cfg: Config,
-    source: dict[str, Tensor],
-    t: Tensor,
-    noise: Tensor,
-    progress: float,
-    image_size: int,
-) -> Batch:
-    """Put together what the terms see of a step, leaving out what is switched off."""
-    depth, mask = source["image_depth"], source["mask"]  # [B, 1, n, n]
-    return Batch(
-        source=source["image"],
-        depth=depth_condition(depth, mask, image_size) if cfg.depth_scale else None,
-        mask=mask if cfg.mask else None,
-        t=t,
-        noise=noise,
-        progress=progress,
-    )
-
-
-def draw_times(
-    t_range: tuple[float, ...], progress: float, batch: int, prior: DiffusionPrior
-) -> Tensor:
-    """Draw diffusion times [B], uniform from the lowest to the highest that `t_range` allows now.
-
-    Args:
-        t_range: Lowest, highest and, optionally, the highest at the end; parts of the schedule.
-        progress: Of the run, in [0, 1].
-    """
+def draw_times(cfg: Config, step: int, prior: DiffusionPrior) -> Tensor:
+    """Draw diffusion times [B], uniform over what `t_range` allows at this step."""
+    low, high, final = cfg.t_range[0], cfg.t_range[1], cfg.t_range[-1]
+    high += (final - high) * step / cfg.steps
     last = len(prior.alphas_cumprod) - 1
-    high = t_range[1] + progress * (t_range[-1] - t_range[1])
-    return torch.randint(int(t_range[0] * last), int(high * last) + 1, (batch,))
+    return torch.randint(int(low * last), int(high * last) + 1, (cfg.batch,))
 
 
-def draw_noise(batch: int, prior: DiffusionPrior) -> Tensor:
+def draw_noise(cfg: Config, prior: DiffusionPrior) -> Tensor:
     """Draw noise for the latents of a batch, [B, 4, h, w]."""
     side = prior.image_size // prior.vae_scale_factor
-    return torch.randn(batch, 4, side, side)
+    return torch.randn(cfg.batch, 4, side, side)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

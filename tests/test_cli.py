@@ -12,21 +12,24 @@ from pathlib import Path
 import pytest
 import tyro
 from PIL import Image
-from tiny_run import arguments, load_networks_once, run, world
+from tiny_run import arguments, hurry, run, world
 
 import render
 import train
 from runs import run_cli
 
 REPOSITORY = Path(train.__file__).parent
-SCRIPTS = [train, render]
+SCRIPTS = [
+    import_module(path.stem)
+    for path in sorted(REPOSITORY.glob("*.py"))
+    if "run_cli(Config" in path.read_text()
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def short_runs():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        load_networks_once(monkeypatch)
-        monkeypatch.setattr(train, "GRID_SEEDS", [0])
+        hurry(monkeypatch)
         yield
 
 
@@ -240,6 +243,10 @@ def test_changed_generator_is_refused(tmp_path, call, monkeypatch):
     code, _, err = call(train, arguments(tmp_path / "run", steps=1))
     assert code == 2
     assert "generator_weights" in err
+
+
+def test_sds_needs_no_vit(tmp_path):
+    run(tmp_path, steps=1, method="sds", features="nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"generator": 3}', "\x00"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import build_generator, load_networks_once, run, world
+from tiny_run import build_generator, hurry, run, world
 
 import render
 
@@ -15,7 +15,7 @@ RENDER = {"seeds": "3,5", "device": "cpu"}
 def adapted(tmp_path_factory):
     out = tmp_path_factory.mktemp("adapted") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        load_networks_once(monkeypatch)
+        hurry(monkeypatch)
         run(out, steps=1)
     return out
 

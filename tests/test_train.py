@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_run import arguments, build_generator, contents, load_networks_once, run, world
+from tiny_run import arguments, build_generator, contents, hurry, run, world
 
 import train
 from models.checkpoint import load_checkpoint, load_generator
@@ -25,10 +25,8 @@ from models.eg3d import TriPlaneGenerator
 
 @pytest.fixture(autouse=True, scope="module")
 def short_runs():
-    """Save what takes most of a short run: loading frozen networks, rendering many heads."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        load_networks_once(monkeypatch)
-        monkeypatch.setattr(train, "GRID_SEEDS", [0])
+        hurry(monkeypatch)
         yield
 
 
@@ -58,10 +56,10 @@ def stop_after(monkeypatch, steps):
     """Kill the run when it begins the step after `steps`."""
     draw = train.draw_times
 
-    def draw_or_die(t_range, progress, *rest):
-        if progress > (steps + 0.5) / 6:
+    def draw_or_die(cfg, step, prior):
+        if step > steps:
             raise Stopped
-        return draw(t_range, progress, *rest)
+        return draw(cfg, step, prior)
 
     monkeypatch.setattr(train, "draw_times", draw_or_die)
 
@@ -207,26 +205,32 @@ def test_fault_at_any_write_loses_nothing(tmp_path, cheap, monkeypatch, error):
         shutil.rmtree(out)
 
 
+def start(out, **changes):
+    command = [sys.executable, train.__file__, *arguments(out, **changes)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.mark.slow
 def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
     settings = {"steps": 40, "save_every": 3, "grid_every": 5}
-    unbroken = run(tmp_path / "unbroken", **settings)
-    delays, kills, finished = random.Random(0), 0, 0
+    assert start(tmp_path / "unbroken", **settings).wait() == 0
+    unbroken = contents(tmp_path / "unbroken")
+    delays, kills, out = random.Random(0), 0, tmp_path / "run0"
     while kills < 20:
-        out = tmp_path / f"run{finished}"
-        command = [sys.executable, train.__file__, *arguments(out, **settings)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         log = out / "log.jsonl"
-        size = log.stat().st_size if log.exists() else 0
-        while process.poll() is None and not (log.exists() and log.stat().st_size > size):
-            time.sleep(0.02)  # Until it gets somewhere.
-        time.sleep(delays.uniform(0, 1.5))
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        process = start(out, **settings)
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+            time.sleep(0.02)  # Until it has taken the run over.
+        time.sleep(delays.uniform(0, 3))
         process.kill()
-        if process.wait() == 0:
+        if process.wait() == 0:  # It was faster; take another run.
             assert contents(out) == unbroken
-            finished += 1
-        kills += process.returncode != 0
-    assert run(out, **settings) == unbroken
+            out = tmp_path / f"run{kills}"
+        else:
+            kills += 1
+    assert start(out, **settings).wait() == 0
+    assert contents(out) == unbroken
 
 
 # The step.
@@ -344,8 +348,9 @@ def test_average_forgets_half_in_its_half_life():
 
 def test_times_fill_the_annealed_range():
     prior = DiffusionPrior.from_pretrained(str(world() / "diffusion"))
-    for progress, highest in [(0.0, 799), (0.5, 599), (1.0, 399)]:
-        t = train.draw_times((0.1, 0.8, 0.4), progress, 20_000, prior)
+    cfg = train.Config(t_range=(0.1, 0.8, 0.4), batch=20_000, steps=100)
+    for step, highest in [(0, 799), (50, 599), (100, 399)]:
+        t = train.draw_times(cfg, step, prior)
         assert (t.min(), t.max()) == (99, highest)
 
 
@@ -408,6 +413,30 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
     assert "hsc" not in result["log.jsonl"][0]
     settings = json.loads((tmp_path / "config.json").read_text())
     assert (settings["depth_scale"], settings["mask"], settings["hsc_weight"]) == (0, False, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth_scale": 0.5},
+        {"depth_scale": 0.0},
+        {"mask": False},
+        {"guidance": 2.0},
+        {"hsc_temperature": 0.2},
+        {"trunc": 0.5},
+        {"t_range": (0.02, 0.98, 0.1)},
+        {"prompt": "a bronze"},
+    ],
+    ids=str,
+)
+def test_option_reaches_the_gradient(tmp_path, one_step, change):
+    row = run(tmp_path, steps=1, **change)["log.jsonl"][0]
+    assert row["grad_norm"] != one_step["log.jsonl"][0]["grad_norm"]
+
+
+@pytest.fixture(scope="module")
+def one_step(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one_step") / "run", steps=1)
 
 
 def test_picture_is_kept_and_outlives_its_file(tmp_path, unbroken):

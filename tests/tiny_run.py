@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -119,10 +120,12 @@ def _flat(value: object) -> object:
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
-def load_networks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs in this process share the frozen networks, which take most of a short run."""
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save what takes most of a short run: loading networks, grids, waiting for the disk."""
     for network, load in LOADERS.items():
         monkeypatch.setattr(network, "from_pretrained", load)
+    monkeypatch.setattr(train, "GRID_SEEDS", [0])
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 LOADERS = {
