@@ -14,15 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cameras import FOCAL, CameraSetup
-from models.renderer import (
-    Decoder,
-    RayOptions,
-    fold_planes,
-    look_up,
-    pixel_rays,
-    render,
-    widen,
-)
+from models.renderer import Decoder, RayOptions, evaluate_points, pixel_rays, render
 from models.stylegan2 import Generator, NoiseMode
 from models.superres import SuperResolution
 
@@ -264,10 +256,8 @@ class TriPlaneGenerator(nn.Module):
         """
         planes = self.planes(ws, noise_mode) if planes is None else planes
         box_warp = self.rendering_kwargs["box_warp"]
-        maps, projections = fold_planes(planes, self.plane_axes, box_warp)
-        uv = torch.einsum("bni,qij->bqnj", coordinates, projections).unsqueeze(3)
-        sigma, colour = self.decoder(look_up(maps, uv).flatten(2))  # [B, N], [B, C, N]
-        return {"rgb": widen(colour).mT, "sigma": sigma.unsqueeze(-1)}
+        sigma, rgb = evaluate_points(planes, self.decoder, coordinates, self.plane_axes, box_warp)
+        return {"rgb": rgb, "sigma": sigma}
 
     def sample(
         self,
@@ -307,6 +297,7 @@ class TriPlaneGenerator(nn.Module):
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:
         """Return the mask: acc where depth is less than the foreground's, softly."""
         limit = self.rendering_kwargs.get("foreground_depth")
+        acc = acc.clamp(max=1)  # A sum of weights may exceed one by rounding.
         if limit is None:
             return acc
         return acc * torch.sigmoid((limit - depth) / MASK_SOFTNESS)

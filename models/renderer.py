@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from models.cameras import split_label
 from models.stylegan2 import FullyConnected
 
-# Samples evaluated at once [points]; a few MB of activations stay in a CPU's cache.
+# Samples evaluated at once [points]. On a CPU a chunk's activations should stay in the cache, but
+# a chunk's backward pass makes a gradient of the planes' size. A GPU wants few launches.
 CHUNK_POINTS = 2**15
+CHUNK_POINTS_BACKWARD = 2**17
+CHUNK_POINTS_GPU = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,14 @@ class RayOptions:
     def check(self) -> None:
         """Raise ValueError for values that no render can honour."""
         start, end = self.ray_start, self.ray_end
-        if "auto" in (start, end):
-            if start != end:
-                raise ValueError(
-                    f"ray_start and ray_end must both be 'auto' or numbers, got {start!r}, {end!r}"
-                )
-            if self.disparity_space_sampling:
-                raise ValueError("disparity_space_sampling needs numbers as ray_start and ray_end")
-        elif not 0 < start < end:
-            raise ValueError(f"rays need 0 < ray_start < ray_end, got {start!r}, {end!r}")
+        numbers = isinstance(start, int | float) and isinstance(end, int | float)
+        if not (start == end == "auto" or numbers and 0 <= start < end):
+            raise ValueError(
+                "ray_start and ray_end must be 0 <= ray_start < ray_end or both 'auto', "
+                f"got {start!r} and {end!r}"
+            )
+        if self.disparity_space_sampling and not (numbers and start > 0):
+            raise ValueError(f"disparity_space_sampling needs ray_start > 0, got {start!r}")
         if not self.box_warp > 0:
             raise ValueError(f"box_warp must be positive, got {self.box_warp!r}")
         fewest = 4 if self.depth_resolution_importance else 2
@@ -90,7 +92,8 @@ class Decoder(nn.Module):
         first, activation, second = self.net
         hidden = activation(_channel_linear(first, features))  # [B, hidden, N]
         y = _channel_linear(second, hidden)  # [B, 1 + C', N]
-        return y[:, 0], y[:, 1:].sigmoid()
+        sigma, colour = y.split([1, y.shape[1] - 1], dim=1)
+        return sigma.squeeze(1), colour.sigmoid()
 
 
 def _channel_linear(layer: FullyConnected, x: Tensor) -> Tensor:
@@ -119,7 +122,9 @@ def pixel_rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
 
     x = (u - cx + cy * skew / fy - skew * v / fy) / fx  # [B, M]
     y = ((v - cy) / fy).expand_as(x)
-    directions = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ cam2world[:, :3, :3].mT
+    in_camera = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [B, M, 3]
+    with torch.autocast(c.device.type, enabled=False):
+        directions = in_camera @ cam2world[:, :3, :3].mT
     origins = cam2world[:, None, :3, 3].expand_as(directions)
     return origins, F.normalize(directions, dim=-1)
 
@@ -159,7 +164,7 @@ def fold_planes(planes: Tensor, plane_axes: Tensor, box_warp: float) -> tuple[Te
 
 
 def look_up(maps: Tensor, coordinates: Tensor) -> Tensor:
-    """Sample maps [B, Q, C, P, P] at [B, Q, M, S, 2] in [-1, 1]; sum over Q to [B, C, M, S].
+    """Sample maps [B, Q, C, P, P] at [B, Q, H, W, 2] in [-1, 1]; sum over Q to [B, C, H, W].
 
     Outside of [-1, 1] maps are zero.
     """
@@ -270,9 +275,29 @@ def expected_depth(depths: Tensor, weights: Tensor) -> Tensor:
         weights: Sample weights (`interval_to_sample_weights`), [..., S].
     """
     acc = weights.sum(-1, keepdim=True)
-    some = acc > 0
-    mean = (weights * depths).sum(-1, keepdim=True) / torch.where(some, acc, 1.0)
-    return torch.where(some, mean, torch.inf)
+    empty = acc == 0
+    mean = (weights * depths).sum(-1, keepdim=True) / torch.where(empty, 1.0, acc)
+    return torch.where(empty, torch.inf, mean)
+
+
+def evaluate_points(
+    planes: Tensor, decoder: Decoder, points: Tensor, plane_axes: Tensor, box_warp: float
+) -> tuple[Tensor, Tensor]:
+    """Return raw densities [B, N, 1] and colours [B, N, C'] in (-0.001, 1.001) at points.
+
+    Args:
+        planes: Tri-planes, [B, 3, C, P, P].
+        decoder: Plane features to density and colours.
+        points: World coordinates, [B, N, 3]; outside of the box all features are zero.
+        plane_axes: Rows are the axes of each plane, [3, 3, 3].
+        box_warp: Side of the cube that the planes span.
+    """
+    with torch.autocast(planes.device.type, enabled=False):
+        maps, projections = fold_planes(planes.float(), plane_axes, box_warp)
+        coordinates = torch.einsum("bni,qij->bqnj", points.float(), projections)
+        features = look_up(maps, coordinates.unsqueeze(3))  # [B, C, N, 1]
+        sigma, colour = decoder(features.squeeze(3))  # [B, N], [B, C', N]
+        return sigma.unsqueeze(-1), widen(colour).mT
 
 
 def render(
@@ -302,33 +327,29 @@ def render(
     with torch.autocast(planes.device.type, enabled=False):
         origins, directions = origins.float(), directions.float()
         depths = coarse_depths(origins, directions, options)  # [B, M, S]
-        uniform = None
+        uniform = depths.new_empty(*depths.shape[:2], 0)
         if options.depth_resolution_importance:
-            uniform = torch.rand(
-                depths.shape[0] * depths.shape[1],
-                options.depth_resolution_importance,
-                device=depths.device,
-            ).unflatten(0, depths.shape[:2])  # [B, M, S2]
+            rows, columns = depths.shape[0] * depths.shape[1], options.depth_resolution_importance
+            uniform = torch.rand(rows, columns, device=depths.device)
+            uniform = uniform.unflatten(0, depths.shape[:2])  # [B, M, S2]
 
         maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
-        # Coordinates on a map are linear along a ray: project its ends once, [B, Q, M, 1, 2].
-        starts = torch.einsum("bmi,qij->bqmj", origins, projections).unsqueeze(3)
-        slopes = torch.einsum("bmi,qij->bqmj", directions, projections).unsqueeze(3)
+        # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
+        starts = torch.einsum("bmi,qij->bqmj", origins, projections).unsqueeze(2)
+        slopes = torch.einsum("bmi,qij->bqmj", directions, projections).unsqueeze(2)
 
-        rays = max(1, CHUNK_POINTS // (len(depths) * depths.shape[-1]))
-        parts = []
-        for i in range(0, depths.shape[1], rays):
-            chunk = slice(i, i + rays)
-            parts.append(
-                _render_chunk(
-                    maps,
-                    decoder,
-                    starts[:, :, chunk],
-                    slopes[:, :, chunk],
-                    depths[:, chunk],
-                    None if uniform is None else uniform[:, chunk],
-                )
-            )
+        points = CHUNK_POINTS_GPU
+        if maps.device.type == "cpu":
+            points = CHUNK_POINTS_BACKWARD if maps.requires_grad else CHUNK_POINTS
+        rays = max(1, points // (len(depths) * depths.shape[-1]))
+        chunks = zip(
+            starts.split(rays, 3),
+            slopes.split(rays, 3),
+            depths.split(rays, 1),
+            uniform.split(rays, 1),
+            strict=True,
+        )
+        parts = [_render_chunk(maps, decoder, *chunk) for chunk in chunks]
         features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
         # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
@@ -345,12 +366,12 @@ def _render_chunk(
     starts: Tensor,
     slopes: Tensor,
     depths: Tensor,
-    uniform: Tensor | None,
+    uniform: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return summed colours [B, C', M], depths [B, 1, M] (not bounded) and acc [B, 1, M]."""
     coarse = depths.shape[-1]
     sigma, colour = _evaluate(maps, decoder, starts, slopes, depths)
-    if uniform is None:
+    if uniform.shape[-1] == 0:
         weights = interval_to_sample_weights(march_weights(depths, sigma))  # [B, M, S]
         features = _composite(colour, weights)
     else:
@@ -370,12 +391,17 @@ def _render_chunk(
 def _evaluate(
     maps: Tensor, decoder: Decoder, starts: Tensor, slopes: Tensor, depths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return raw densities [B, M, S] and colours [B, C', M, S] at depths [B, M, S] of rays."""
-    coordinates = torch.addcmul(starts, slopes, depths[:, None, :, :, None])  # [B, Q, M, S, 2]
+    """Return raw densities [B, M, S] and colours [B, C', S, M] at depths [B, M, S] of rays.
+
+    Neighbouring rays, not neighbouring depths, are next to each other in memory: on a CPU that
+    makes the plane lookups and the sums over samples twice as fast.
+    """
+    along = depths.mT[:, None, :, :, None]  # [B, 1, S, M, 1]
+    coordinates = torch.addcmul(starts, slopes, along)  # [B, Q, S, M, 2]
     sigma, colour = decoder(look_up(maps, coordinates).flatten(2))
-    return sigma.view_as(depths), colour.unflatten(2, depths.shape[1:])
+    return sigma.unflatten(1, along.shape[2:4]).mT, colour.unflatten(2, along.shape[2:4])
 
 
 def _composite(colour: Tensor, weights: Tensor) -> Tensor:
-    """Sum colours [B, C', M, S] over each ray with weights [B, M, S] to [B, C', M]."""
-    return (colour * weights.unsqueeze(1)).sum(dim=-1)
+    """Sum colours [B, C', S, M] over each ray with weights [B, M, S] to [B, C', M]."""
+    return (colour * weights.mT.unsqueeze(1)).sum(dim=2)

@@ -38,7 +38,8 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        y = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        with torch.autocast(x.device.type, enabled=False):  # Small, and styles need precision.
+            y = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
         return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.activation == "lrelu" else y
 
 
@@ -106,9 +107,10 @@ def fir_filter() -> Tensor:
 
 
 def upsample2d(x: Tensor, fir: Tensor) -> Tensor:
-    """Double the size of [B, C, H, W] by zero insertion and the 4x4 filter `fir`."""
-    kernel = (fir * 4).to(x.dtype).expand(x.shape[1], 1, 4, 4)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+    """Double the size of images [B, C, H, W] by zero insertion and the 4x4 filter `fir`."""
+    kernel = (fir * 4).expand(x.shape[1], 1, 4, 4)
+    with torch.autocast(x.device.type, enabled=False):  # The image so far stays in float32.
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fir: Tensor | None) -> Tensor:
@@ -117,7 +119,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fir: Tensor | None)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
     y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [B, C', 2H + 1, 2W + 1]
     kernel = (fir * 4).to(y.dtype).expand(y.shape[1], 1, 4, 4)
-    return F.conv2d(y, kernel, bias, padding=1, groups=y.shape[1])  # [B, C', 2H, 2W]
+    y = F.conv2d(y, kernel, padding=1, groups=y.shape[1])  # [B, C', 2H, 2W]
+    # Not the convolution's own bias: its gradient takes ten times as long on a CPU.
+    return y if bias is None else y.add_(bias[:, None, None])
 
 
 def modulated_conv2d(
@@ -130,7 +134,8 @@ def modulated_conv2d(
 ) -> Tensor:
     """Convolve with `weight`, modulated per sample and demodulated; times `gain`, plus `bias`.
 
-    One sample scales the weights; several scale the activations around one shared convolution.
+    Scales the weights of every sample, or, where they are larger than the activations, those
+    around one shared convolution.
 
     Args:
         x: Activations, [B, C, H, W].
@@ -146,16 +151,15 @@ def modulated_conv2d(
     if x.dtype == torch.float16:  # Keep weights and styles near one, as EG3D does.
         weight = weight / (math.sqrt(weight[0].numel()) * weight.abs().amax((1, 2, 3), True))
         styles = styles / styles.abs().amax(1, True)
-    energy = styles.square() @ weight.square().sum((2, 3)).T  # [B, C']
-    demodulation = gain * (energy + 1e-8).rsqrt()  # [B, C']
-    bias = bias.to(x.dtype)
+    energy = styles.square()[:, None] * weight.square().sum((2, 3))  # [B, C', C]
+    demodulation = gain * (energy.sum(dim=2) + 1e-8).rsqrt()  # [B, C']
 
-    if len(x) == 1:
-        weight = weight * styles[0, :, None, None] * demodulation[0, :, None, None, None]
-        return convolve(x, weight.to(x.dtype), bias, fir)
+    if len(x) * weight.numel() < x.numel():
+        weights = weight * styles[:, None, :, None, None] * demodulation[:, :, None, None, None]
+        images = zip(x.split(1), weights.to(x.dtype).unbind(), strict=True)
+        return torch.cat([convolve(image, w, bias.to(x.dtype), fir) for image, w in images])
     y = convolve(x * styles[:, :, None, None].to(x.dtype), weight.to(x.dtype), None, fir)
-    demodulation = demodulation[:, :, None, None].to(y.dtype)
-    return torch.addcmul(bias.to(y.dtype)[:, None, None], y, demodulation)
+    return y * demodulation[:, :, None, None].to(y.dtype) + bias.to(y.dtype)[:, None, None]
 
 
 class SynthesisLayer(nn.Module):
@@ -191,8 +195,12 @@ class SynthesisLayer(nn.Module):
         elif noise_mode == "random":
             noise = torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device)
             x.add_((noise * self.noise_strength * gain).to(x.dtype))
+        elif noise_mode != "none":
+            raise ValueError(f"noise_mode must be const, random or none, got {noise_mode!r}")
         x = F.leaky_relu_(x, 0.2)
-        return x if self.conv_clamp is None else F.hardtanh(x, -self.conv_clamp, self.conv_clamp)
+        if self.conv_clamp is None:
+            return x
+        return F.hardtanh(x, -self.conv_clamp, self.conv_clamp, inplace=not x.requires_grad)
 
 
 class ToRGB(nn.Module):
