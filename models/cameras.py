@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FOCAL = 4.2647  # EG3D's labels: 2985.29 / 700.
+FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
+FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 
 
 def look_at(eye: Tensor, target: Tensor) -> Tensor:

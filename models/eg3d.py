@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.cameras import FOCAL, CameraSetup
+from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
 from models.renderer import Decoder, RayOptions, evaluate_points, pixel_rays, render
 from models.stylegan2 import Generator, NoiseMode
 from models.superres import SuperResolution
@@ -123,16 +123,20 @@ class TriPlaneGenerator(nn.Module):
 
     @property
     def cameras(self) -> CameraSetup:
-        """The camera set-up that rendering_kwargs describe; EG3D's FFHQ set-up where silent."""
+        """The camera set-up that rendering_kwargs describe; EG3D's for faces where silent.
+
+        Released files hold no focal length; it follows from the radius.
+        """
         kwargs = self.rendering_kwargs
-        setup = CameraSetup()
+        faces = CameraSetup()
+        radius = kwargs.get("avg_camera_radius", faces.radius)
         return CameraSetup(
-            radius=kwargs.get("avg_camera_radius", setup.radius),
-            pivot=tuple(kwargs.get("avg_camera_pivot", setup.pivot)),
-            focal=kwargs.get("camera_focal", FOCAL),
-            yaw_range=kwargs.get("camera_yaw_range", setup.yaw_range),
-            pitch_range=kwargs.get("camera_pitch_range", setup.pitch_range),
-            distribution=kwargs.get("camera_distribution", setup.distribution),
+            radius=radius,
+            pivot=tuple(kwargs.get("avg_camera_pivot", faces.pivot)),
+            focal=kwargs.get("camera_focal", FOCAL_CARS if radius == 1.7 else FOCAL),
+            yaw_range=kwargs.get("camera_yaw_range", faces.yaw_range),
+            pitch_range=kwargs.get("camera_pitch_range", faces.pitch_range),
+            distribution=kwargs.get("camera_distribution", faces.distribution),
         )
 
     def mapping(

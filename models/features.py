@@ -59,6 +59,17 @@ class ClipFeatures:
         embeds = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
         return F.normalize(embeds, dim=-1)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return the patch tokens [B, g, g, D] of images [B, 3, H, W], one layer before the last.
+
+        They tell where things are, which the embedding of the whole image does not.
+        """
+        config = self.model.config.vision_config
+        pixels = clip_preprocess(images, config.image_size)
+        states = self.model.vision_model(pixels, output_hidden_states=True).hidden_states
+        side = config.image_size // config.patch_size
+        return states[-2][:, 1:].unflatten(1, (side, side))
+
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:
         """Return unit-length embeddings [N, D] of sentences."""

@@ -52,7 +52,11 @@ def draw_shard(index: int) -> dict[str, np.ndarray]:
     rows = []
     for i in range(SHARD):
         domain = SOURCE if rng.random() < 0.14 else str(rng.choice(TARGETS))
-        odd = str(rng.choice(list(ODD_HAIR))) if DOMAINS[domain].attributes and rng.random() < 0.2 else None
+        odd = (
+            str(rng.choice(list(ODD_HAIR)))
+            if DOMAINS[domain].attributes and rng.random() < 0.2
+            else None
+        )
         rgb, depth, mask = render(z[i : i + 1], c[i : i + 1], domain, hair=odd)
         view, _, _ = render(z[i : i + 1], c2[i : i + 1], domain, hair=odd)
         rows.append(
@@ -79,7 +83,9 @@ def to_images(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def load(validation: bool = False, limit: int | None = None, keys: tuple[str, ...] | None = None) -> dict:
+def load(
+    validation: bool = False, limit: int | None = None, keys: tuple[str, ...] | None = None
+) -> dict:
     """Read the rendered shards into memory, concatenated.
 
     Raises:
@@ -107,7 +113,9 @@ def main(cfg: Config) -> None:
             path.with_suffix(".part").rename(path)
     words = sorted({w for s in load(keys=("caption",))["caption"] for w in str(s).split()})
     domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
-    (ROOT / "vocabulary.json").write_text(json.dumps({"words": words, "domains": domains}, indent=1))
+    (ROOT / "vocabulary.json").write_text(
+        json.dumps({"words": words, "domains": domains}, indent=1)
+    )
 
 
 if __name__ == "__main__":

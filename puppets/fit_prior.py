@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from transformers import (
 
 from models import features
 from models.diffusion import DiffusionPrior, depth_condition
+from models.renderer import pixel_rays
 from puppets.data import CAMERAS, DOMAIN_NAMES, ROOT, load, to_bytes, to_images
 from puppets.heads import DOMAINS
 from puppets.pretrain import OUT, Config, fit, report
@@ -71,11 +71,20 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Return CLIP, small: two transformers of width 128 over 16 px patches and 32 tokens."""
     from transformers import CLIPConfig
 
-    common = {"intermediate_size": 512, "num_attention_heads": 4, "projection_dim": WIDTH, "hidden_size": 128}
+    common = {
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "projection_dim": WIDTH,
+        "hidden_size": 128,
+    }
     text = common | {
-        "vocab_size": len(tokenizer), "num_hidden_layers": 3, "max_position_embeddings": LENGTH,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 3,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     vision = common | {"image_size": 128, "patch_size": 16, "num_hidden_layers": 4}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
@@ -89,18 +98,26 @@ def train_clip(cfg: Config) -> None:
     names = data["caption"].astype(str)
     _, group = np.unique(names, return_inverse=True)
     group = torch.from_numpy(group)
-    ids = tokenizer(names.tolist(), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        names.tolist(),
+        padding="max_length",
+        max_length=LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
 
     def terms(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(names), (96,))
         images = jitter(to_images(data["rgb"][rows.numpy()]).to(cfg.device))
-        out = model(input_ids=ids[rows].to(cfg.device), pixel_values=features.clip_preprocess(images, 128))
+        out = model(
+            input_ids=ids[rows].to(cfg.device), pixel_values=features.clip_preprocess(images, 128)
+        )
         same = (group[rows, None] == group[rows]).to(cfg.device, torch.float32)
         target = same / same.sum(1, keepdim=True)
         logits = out.logits_per_image.float()
         return {"nce": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
 
-    minutes = fit("clip", model.parameters(), terms, cfg, steps=900, lr=1e-3, weight_decay=0.05)
+    minutes = fit("clip", model.parameters(), terms, cfg, steps=450, lr=1e-3, weight_decay=0.05)
     model = model.to("cpu").eval()
     for folder in (OUT / "clip", DIFFUSION):
         shutil.rmtree(folder, ignore_errors=True) if folder.name == "clip" else None
@@ -120,9 +137,13 @@ def train_clip(cfg: Config) -> None:
     held_out = load(validation=True, keys=("rgb", "domain"))
     clip = features.ClipFeatures.from_pretrained(OUT / "clip")
     right = torch.from_numpy(held_out["domain"]) == classify(clip, to_images(held_out["rgb"]))
-    figures = {"held-out renders whose domain CLIP picks among all": f"{100 * right.float().mean():.1f} %"}
+    figures = {
+        "held-out renders whose domain CLIP picks among all": f"{100 * right.float().mean():.1f} %"
+    }
     for i, name in enumerate(DOMAIN_NAMES):
-        figures[f"of them {name}"] = f"{100 * right[torch.from_numpy(held_out['domain']) == i].float().mean():.1f} %"
+        figures[f"of them {name}"] = (
+            f"{100 * right[torch.from_numpy(held_out['domain']) == i].float().mean():.1f} %"
+        )
     report("clip", cfg, minutes, figures)
 
 
@@ -139,6 +160,7 @@ def classify(clip: features.ClipFeatures, images: Tensor, batch: int = 64) -> Te
     return torch.cat([(clip.images(x) @ prompts.T).argmax(1) for x in images.split(batch)])
 
 
+@torch.autocast("cpu", enabled=False)  # bfloat16 would round the sampling grid.
 def jitter(images: Tensor) -> Tensor:
     """Shift, scale and recolour images [B, 3, H, W] a little, each differently."""
     b = len(images)
@@ -150,7 +172,9 @@ def jitter(images: Tensor) -> Tensor:
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     moved = F.grid_sample(images - 1, grid, align_corners=False) + 1  # White comes in.
     gain = 1 + 0.10 * (2 * torch.rand(b, 1, 1, 1, device=images.device) - 1)
-    return (moved * gain + 0.06 * (2 * torch.rand(b, 1, 1, 1, device=images.device) - 1)).clamp(-1, 1)
+    return (moved * gain + 0.06 * (2 * torch.rand(b, 1, 1, 1, device=images.device) - 1)).clamp(
+        -1, 1
+    )
 
 
 # VAE.
@@ -159,9 +183,14 @@ def jitter(images: Tensor) -> Tensor:
 def build_vae() -> AutoencoderKL:
     """Return Stable Diffusion's autoencoder, small: 8x down, 4 channels."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(24, 48, 96, 96), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=128,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 48, 96, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+    )
 
 
 def train_vae(cfg: Config) -> None:
@@ -174,9 +203,11 @@ def train_vae(cfg: Config) -> None:
         return x.diff(dim=2), x.diff(dim=3)
 
     def terms(step: int) -> dict[str, Tensor]:
-        rows = torch.randint(len(pixels), (16,)).numpy()
-        top, left = torch.randint(0, 65, (2, 16)).tolist()
-        crops = np.stack([pixels[r, y : y + 64, x : x + 64] for r, y, x in zip(rows, top, left, strict=True)])
+        rows = torch.randint(len(pixels), (12,)).numpy()
+        top, left = torch.randint(0, 65, (2, 12)).tolist()
+        crops = np.stack(
+            [pixels[r, y : y + 64, x : x + 64] for r, y, x in zip(rows, top, left, strict=True)]
+        )
         images = to_images(crops).to(cfg.device).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(images).latent_dist
         out = vae.decode(posterior.sample()).sample.float()
@@ -186,10 +217,11 @@ def train_vae(cfg: Config) -> None:
             "l1": error.abs().mean(),
             "l2": 2 * error.square().mean(),
             "edges": 0.5 * grad,
+            "tone": 6 * F.avg_pool2d(error, 8).square().mean(),  # Colours are learnt last, else.
             "kl": 2e-4 * posterior.kl().float().mean() / (64 * 4),
         }
 
-    minutes = fit("vae", vae.parameters(), terms, cfg, steps=5000, lr=2e-3)
+    minutes = fit("vae", vae.parameters(), terms, cfg, steps=3300, lr=3e-3)
     vae = vae.to("cpu").float().eval()
     with torch.no_grad():
         sample = to_images(pixels[:: len(pixels) // 256])
@@ -200,7 +232,9 @@ def train_vae(cfg: Config) -> None:
         back = torch.cat([vae(x).sample for x in images.split(32)]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (back - images).square().mean((1, 2, 3)))
     domain = torch.from_numpy(held_out["domain"])
-    figures = {f"PSNR {n} [dB]": f"{psnr[domain == i].mean():.1f}" for i, n in enumerate(DOMAIN_NAMES)}
+    figures = {
+        f"PSNR {n} [dB]": f"{psnr[domain == i].mean():.1f}" for i, n in enumerate(DOMAIN_NAMES)
+    }
     vae.half().save_pretrained(DIFFUSION / "vae")
     picks = [int((domain == i).nonzero()[0]) for i in range(len(DOMAIN_NAMES))]
     save_sheet("vae", [images[picks], back[picks]])
@@ -213,7 +247,9 @@ def save_sheet(name: str, rows: list[Tensor]) -> None:
 
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     (OUT / "sheets").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_bytes(sheet.unsqueeze(0))[0]).save(OUT / "sheets" / f"{name}.png", optimize=True)
+    Image.fromarray(to_bytes(sheet.unsqueeze(0))[0]).save(
+        OUT / "sheets" / f"{name}.png", optimize=True
+    )
 
 
 # UNet and depth ControlNet.
@@ -222,34 +258,52 @@ def save_sheet(name: str, rows: list[Tensor]) -> None:
 def build_unet() -> UNet2DConditionModel:
     """Return Stable Diffusion's UNet, small: 16x16 latents, two levels that attend to the text."""
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 96, 128), layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
-    )  # fmt: skip
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
 
 
 def scheduler() -> DDPMScheduler:
     """Return Stable Diffusion's noise schedule."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
 
 
 def write_model_index() -> None:
     """Write what makes the folder a diffusers pipeline, and its scheduler."""
     scheduler().save_pretrained(DIFFUSION / "scheduler")
     index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "requires_safety_checker": False,
-        "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDPMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    }  # fmt: skip
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "requires_safety_checker": False,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     (DIFFUSION / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.no_grad()
 def prepare_latents(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
     """Encode pictures, [N, H, W, 3] uint8 -> [N, 4, h, w] scaled."""
-    parts = [vae.encode(to_images(pixels[i : i + 32])).latent_dist.mode() for i in range(0, len(pixels), 32)]
+    parts = [
+        vae.encode(to_images(pixels[i : i + 32])).latent_dist.mode()
+        for i in range(0, len(pixels), 32)
+    ]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
@@ -277,23 +331,35 @@ def train_unet(cfg: Config) -> None:
     data = load(keys=("rgb", "depth", "mask", "caption"))
     vae = AutoencoderKL.from_pretrained(DIFFUSION / "vae").float().eval()
     latents = prepare_latents(vae, data.pop("rgb"))
-    text_encoder = CLIPTextModel.from_pretrained(DIFFUSION / "text_encoder", dtype=torch.float32).eval()
+    text_encoder = CLIPTextModel.from_pretrained(
+        DIFFUSION / "text_encoder", dtype=torch.float32
+    ).eval()
     tokenizer = CLIPTokenizer.from_pretrained(DIFFUSION / "tokenizer")
     captions, which = np.unique(np.append(data["caption"].astype(str), ""), return_inverse=True)
-    ids = tokenizer(captions.tolist(), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        captions.tolist(),
+        padding="max_length",
+        max_length=LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
     with torch.no_grad():
         embedded = torch.cat([text_encoder(part)[0] for part in ids.split(256)])  # [N, L, D]
     which, empty = torch.from_numpy(which), int((captions == "").nonzero()[0][0])
 
     torch.manual_seed(0)
     unet = build_unet()
-    controlnet = ControlNetModel.from_unet(unet, conditioning_channels=3, load_weights_from_unet=False)
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_channels=3, load_weights_from_unet=False
+    )
     controlnet = ControlNetModel.from_config(
         dict(controlnet.config) | {"conditioning_embedding_out_channels": (8, 16, 32, 64)}
     )
     for network in (unet, controlnet):
         network.to(cfg.device)
-        network.set_attn_processor(AttnProcessor())  # CPUs' fused attention is slow backwards in bf16.
+        network.set_attn_processor(
+            AttnProcessor()
+        )  # CPUs' fused attention is slow backwards in bf16.
     abar = scheduler().alphas_cumprod.to(cfg.device)
     params = [*unet.parameters(), *controlnet.parameters()]
 
@@ -306,18 +372,26 @@ def train_unet(cfg: Config) -> None:
         a = abar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z0 + (1 - a).sqrt() * noise
         with_depth = 19  # Of 32; the rest runs without the ControlNet.
-        hint = rough_depth(data["depth"][rows[:with_depth].numpy()], data["mask"][rows[:with_depth].numpy()]).to(cfg.device)
-        down, mid = controlnet(noisy[:with_depth], t[:with_depth], text[:with_depth], hint, return_dict=False)
+        hint = rough_depth(
+            data["depth"][rows[:with_depth].numpy()], data["mask"][rows[:with_depth].numpy()]
+        ).to(cfg.device)
+        down, mid = controlnet(
+            noisy[:with_depth], t[:with_depth], text[:with_depth], hint, return_dict=False
+        )
         pad = 32 - with_depth
         down = [F.pad(d, (0, 0, 0, 0, 0, 0, 0, pad)) for d in down]
         mid = F.pad(mid, (0, 0, 0, 0, 0, 0, 0, pad))
-        out = unet(noisy, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+        out = unet(
+            noisy, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
         return {
-            "depth": noise_loss(out[:with_depth], noise[:with_depth], t[:with_depth], abar) * (with_depth / 32),
-            "plain": noise_loss(out[with_depth:], noise[with_depth:], t[with_depth:], abar) * (pad / 32),
+            "depth": noise_loss(out[:with_depth], noise[:with_depth], t[:with_depth], abar)
+            * (with_depth / 32),
+            "plain": noise_loss(out[with_depth:], noise[with_depth:], t[with_depth:], abar)
+            * (pad / 32),
         }
 
-    minutes = fit("unet", params, terms, cfg, steps=9000, lr=6e-4, weight_decay=0.01)
+    minutes = fit("unet", params, terms, cfg, steps=2400, lr=8e-4, weight_decay=0.01)
     unet.cpu().half().save_pretrained(DIFFUSION / "unet")
     controlnet.cpu().half().save_pretrained(DIFFUSION / "controlnet")
     write_model_index()
@@ -326,8 +400,14 @@ def train_unet(cfg: Config) -> None:
 
 @torch.no_grad()
 def sample(
-    prior: DiffusionPrior, prompt: str, count: int, depth: Tensor | None = None, reference: Tensor | None = None,
-    guidance: float = 4.0, steps: int = 25, seed: int = 0,
+    prior: DiffusionPrior,
+    prompt: str,
+    count: int,
+    depth: Tensor | None = None,
+    reference: Tensor | None = None,
+    guidance: float = 4.0,
+    steps: int = 25,
+    seed: int = 0,
 ) -> Tensor:
     """Sample pictures with deterministic DDIM (arXiv:2010.02502), [count, 3, H, W] in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
@@ -353,21 +433,32 @@ def report_prior(part: str, cfg: Config, minutes: float) -> None:
     held_out = load(validation=True, limit=1, keys=("depth", "mask", "rgb"))
     count = 8
     mask = torch.from_numpy(held_out["mask"][:count, None]).float() / 255
-    hint = depth_condition(torch.from_numpy(held_out["depth"][:count, None]).float().clamp(min=1.0), mask, 128)
+    hint = depth_condition(
+        torch.from_numpy(held_out["depth"][:count, None]).float().clamp(min=1.0), mask, 128
+    )
     plain, guided, right, iou = [], [], [], []
     for i, spec in enumerate(DOMAINS.values()):
         a = sample(prior, spec.phrases[0], count, seed=i)
         b = sample(prior, spec.phrases[0], count, depth=hint, seed=i)
         right.append((classify(clip, torch.cat([a, b])) == i).float().mean())
-        if spec.shape.get("horn", 0) + spec.shape.get("antenna", 0) + spec.shape.get("hair_volume", 0) == 0:
+        if (
+            spec.shape.get("horn", 0)
+            + spec.shape.get("antenna", 0)
+            + spec.shape.get("hair_volume", 0)
+            == 0
+        ):
             drawn = (b.amin(1, keepdim=True) < 0.80).float()
-            iou.append(((drawn * (mask > 0.5)).sum() / (drawn + (mask > 0.5)).clamp(max=1).sum()))
+            iou.append((drawn * (mask > 0.5)).sum() / (drawn + (mask > 0.5)).clamp(max=1).sum())
         plain.append(a[:6])
         guided.append(b[:6])
     sheet = [torch.cat([p, g]) for p, g in zip(plain, guided, strict=True)]
     save_sheet("prior", [*sheet, torch.cat([hint[:6] * 2 - 1] * 2)])
-    figures = {"samples CLIP finds in the prompted domain": f"{100 * torch.stack(right).mean():.1f} %"}
-    figures |= {f"of them {n}": f"{100 * r:.0f} %" for n, r in zip(DOMAIN_NAMES, right, strict=True)}
+    figures = {
+        "samples CLIP finds in the prompted domain": f"{100 * torch.stack(right).mean():.1f} %"
+    }
+    figures |= {
+        f"of them {n}": f"{100 * r:.0f} %" for n, r in zip(DOMAIN_NAMES, right, strict=True)
+    }
     figures["foreground IoU with the given depth"] = f"{torch.stack(iou).mean():.3f}"
     report(part, cfg, minutes, figures)
 
@@ -382,19 +473,25 @@ def train_ip_adapter(cfg: Config) -> None:
     torch.manual_seed(0)
     state = {
         "image_proj": {
-            "proj.weight": torch.randn(4 * WIDTH, WIDTH) / math.sqrt(WIDTH), "proj.bias": torch.zeros(4 * WIDTH),
-            "norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH),
+            "proj.weight": torch.randn(4 * WIDTH, WIDTH) / math.sqrt(WIDTH),
+            "proj.bias": torch.zeros(4 * WIDTH),
+            "norm.weight": torch.ones(WIDTH),
+            "norm.bias": torch.zeros(WIDTH),
         },
         "ip_adapter": {},
-    }  # fmt: skip
-    for i, (name, processor) in enumerate(unet.attn_processors.items()):
+    }
+    for i, name in enumerate(unet.attn_processors):
         if "attn2" in name:
             layer = unet.get_submodule(name.removesuffix(".processor"))
             for key, source in (("to_k_ip", layer.to_k), ("to_v_ip", layer.to_v)):
                 state["ip_adapter"][f"{i}.{key}.weight"] = source.weight.detach().clone()
 
     def write() -> None:
-        flat = {f"{group}.{k}": v.half().contiguous() for group, part in state.items() for k, v in part.items()}
+        flat = {
+            f"{group}.{k}": v.half().contiguous()
+            for group, part in state.items()
+            for k, v in part.items()
+        }
         save_file(flat, folder / "ip-adapter_sd15.safetensors")
 
     if not (ROOT / "ip-adapter.pt").exists():
@@ -402,7 +499,12 @@ def train_ip_adapter(cfg: Config) -> None:
     prior = DiffusionPrior.from_pretrained(DIFFUSION)
     # The trained tensors, in the order in which they were written.
     projection = prior.unet.encoder_hid_proj.image_projection_layers[0]
-    live = [projection.image_embeds.weight, projection.image_embeds.bias, projection.norm.weight, projection.norm.bias]
+    live = [
+        projection.image_embeds.weight,
+        projection.image_embeds.bias,
+        projection.norm.weight,
+        projection.norm.bias,
+    ]
     for name, processor in prior.unet.attn_processors.items():
         if "attn2" in name:
             processor.scale = [1.0]
@@ -413,9 +515,19 @@ def train_ip_adapter(cfg: Config) -> None:
     data = load(keys=("rgb", "view", "caption", "depth", "mask"))
     latents = prepare_latents(prior.vae, data.pop("rgb"))
     with torch.no_grad():
-        embeds = torch.cat([prior.encode_reference(to_images(data["view"][i : i + 64])) for i in range(0, len(latents), 64)])
+        embeds = torch.cat(
+            [
+                prior.encode_reference(to_images(data["view"][i : i + 64]))
+                for i in range(0, len(latents), 64)
+            ]
+        )
     captions, which = np.unique(np.append(data["caption"].astype(str), ""), return_inverse=True)
-    text = torch.cat([prior.encode_text(part.tolist()) for part in np.array_split(captions, len(captions) // 256 + 1)])
+    text = torch.cat(
+        [
+            prior.encode_text(part.tolist())
+            for part in np.array_split(captions, len(captions) // 256 + 1)
+        ]
+    )
     which, empty = torch.from_numpy(which), int((captions == "").nonzero()[0][0])
     abar = prior.alphas_cumprod
 
@@ -432,9 +544,13 @@ def train_ip_adapter(cfg: Config) -> None:
             down, mid = prior.controlnet(noisy, t, words, hint, return_dict=False)
             on = (torch.rand(24) < 0.6).view(-1, 1, 1, 1)
         out = prior.unet(
-            noisy, t, words, added_cond_kwargs={"image_embeds": [picture]},
-            down_block_additional_residuals=[d * on for d in down], mid_block_additional_residual=mid * on,
-        ).sample  # fmt: skip
+            noisy,
+            t,
+            words,
+            added_cond_kwargs={"image_embeds": [picture]},
+            down_block_additional_residuals=[d * on for d in down],
+            mid_block_additional_residual=mid * on,
+        ).sample
         return {"noise": noise_loss(out, noise, t, abar)}
 
     minutes = fit("ip-adapter", live, terms, cfg, steps=1500, lr=1e-3)
@@ -454,13 +570,25 @@ def report_ip_adapter(cfg: Config, minutes: float) -> None:
     for i, name in enumerate(DOMAIN_NAMES):
         picks = np.flatnonzero(held_out["domain"] == i)[:4]
         references = to_images(held_out["rgb"][picks])
-        samples = [sample(prior, "", 3, reference=r[None], seed=int(k)) for k, r in zip(picks, references, strict=True)]
+        samples = [
+            sample(prior, "", 3, reference=r[None], seed=int(k))
+            for k, r in zip(picks, references, strict=True)
+        ]
         right[name] = (classify(clip, torch.cat(samples)) == i).float().mean()
-        rows.append(torch.cat([torch.cat([r[None], s]) for r, s in zip(references[:2], samples[:2], strict=True)]))
+        rows.append(
+            torch.cat(
+                [torch.cat([r[None], s]) for r, s in zip(references[:2], samples[:2], strict=True)]
+            )
+        )
     save_sheet("ip-adapter", rows)
     mean = torch.stack(list(right.values())).mean()
     figures = {"samples in the reference's domain, no text": f"{100 * mean:.1f} %"}
-    report("ip-adapter", cfg, minutes, figures | {f"of them {k}": f"{100 * v:.0f} %" for k, v in right.items()})
+    report(
+        "ip-adapter",
+        cfg,
+        minutes,
+        figures | {f"of them {k}": f"{100 * v:.0f} %" for k, v in right.items()},
+    )
 
 
 # The ViT of the HSC term.
@@ -471,7 +599,14 @@ def build_vit() -> Dinov2Model:
     from transformers import Dinov2Config
 
     return Dinov2Model(
-        Dinov2Config(image_size=128, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3)
+        Dinov2Config(
+            image_size=128,
+            patch_size=8,
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            mlp_ratio=3,
+        )
     )
 
 
@@ -494,35 +629,54 @@ def train_dino(cfg: Config) -> None:
         grey = F.unfold(images.mean(1, keepdim=True), 8, stride=8).mT  # [B, 256, 64]
         grey = (grey - grey.mean(2, keepdim=True)) / (grey.std(2, keepdim=True) + 0.08)
         gain = 1 + 0.3 * (2 * torch.rand(32, 3, 1, 1) - 1)
-        images = (((images + 1) / 2 * gain).clamp(0, 1) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-            [0.229, 0.224, 0.225]
-        ).view(3, 1, 1)
+        images = (
+            ((images + 1) / 2 * gain).clamp(0, 1)
+            - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         hidden = torch.rand(32, 256) < (0.5 if step % 2 else 0.0)
-        tokens = vit(images.to(cfg.device), bool_masked_pos=hidden.to(cfg.device)).last_hidden_state[:, 1:]
+        tokens = vit(
+            images.to(cfg.device), bool_masked_pos=hidden.to(cfg.device)
+        ).last_hidden_state[:, 1:]
         out = head(tokens).float()
         target = place[rows].to(cfg.device)
         inside = target[..., 3::4].repeat_interleave(3, 2)
         where = out[..., :16].unflatten(2, (4, 4))
         goal = target.unflatten(2, (4, 4))
-        xyz = ((where[..., :3] - goal[..., :3]).abs() * goal[..., 3:]).sum() / goal[..., 3:].sum() / 3
+        xyz = (
+            ((where[..., :3] - goal[..., :3]).abs() * goal[..., 3:]).sum() / goal[..., 3:].sum() / 3
+        )
         cover = F.binary_cross_entropy_with_logits(where[..., 3], goal[..., 3])
         assert inside.shape[-1] == 12
-        return {"place": 8 * xyz, "cover": 0.3 * cover, "grey": (out[..., 16:] - grey.to(cfg.device)).abs().mean()}
+        return {
+            "place": 8 * xyz,
+            "cover": 0.3 * cover,
+            "grey": (out[..., 16:] - grey.to(cfg.device)).abs().mean(),
+        }
 
-    minutes = fit("dino", [*vit.parameters(), *head.parameters()], terms, cfg, steps=3000, lr=1e-3, weight_decay=0.02)
+    minutes = fit(
+        "dino",
+        [*vit.parameters(), *head.parameters()],
+        terms,
+        cfg,
+        steps=3000,
+        lr=1e-3,
+        weight_decay=0.02,
+    )
     vit.cpu().half().save_pretrained(OUT / "dino")
-    preprocess = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "image_processor_type": "BitImageProcessor"}
+    preprocess = {
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "image_processor_type": "BitImageProcessor",
+    }
     (OUT / "dino/preprocessor_config.json").write_text(json.dumps(preprocess, indent=2) + "\n")
     report_dino(cfg, minutes)
 
 
 def positions(depth: np.ndarray, mask: np.ndarray, c: np.ndarray) -> Tensor:
     """Head-centred x, y, z (x 4 to be near 1) and coverage of each 4 px cell, [N, 256, 4 * 4]."""
-    from puppets.heads import camera_rays
-
     out = []
     for i in range(len(depth)):
-        origin, direction = camera_rays(torch.from_numpy(c[i : i + 1]), 32)
+        origin, direction = pixel_rays(torch.from_numpy(c[i : i + 1]), 32)
         inside = torch.from_numpy(mask[i]).float()[2::4, 2::4].flatten() > 127  # [1024]
         t = torch.from_numpy(depth[i]).float()[2::4, 2::4].flatten()
         point = 4 * (origin[0] + t[:, None] * direction[0]) * inside[:, None]
@@ -538,7 +692,9 @@ def report_dino(cfg: Config, minutes: float) -> None:
     vit = features.TokenFeatures.from_pretrained(OUT / "dino")
     generator = torch.Generator().manual_seed(77)
     z = torch.randn(16, 16, generator=generator)
-    c = CAMERAS.label(*(torch.rand(2, 16, generator=generator) * 2 - 1) * torch.tensor([[0.6], [0.3]]))
+    c = CAMERAS.label(
+        *(torch.rand(2, 16, generator=generator) * 2 - 1) * torch.tensor([[0.6], [0.3]])
+    )
     source, _, mask = render(z, c)
     ours = F.normalize(vit.tokens(source), dim=-1).flatten(1, 2)  # [B, 256, D]
     inside = F.avg_pool2d(mask, 8).flatten(1) > 0.5
@@ -546,5 +702,7 @@ def report_dino(cfg: Config, minutes: float) -> None:
     for name in DOMAIN_NAMES[1:]:
         theirs = F.normalize(vit.tokens(render(z, c, name)[0]), dim=-1).flatten(1, 2)
         found = (theirs @ ours.mT).argmax(2) == torch.arange(256)
-        figures[f"foreground tokens of {name} whose nearest source token is the same place"] = f"{100 * found[inside].float().mean():.0f} %"
+        figures[f"foreground tokens of {name} whose nearest source token is the same place"] = (
+            f"{100 * found[inside].float().mean():.0f} %"
+        )
     report("dino", cfg, minutes, figures)

@@ -12,12 +12,14 @@ EG3D, whose decoder ignores the viewing direction. B heads, E ellipsoids, R rays
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.renderer import pixel_rays
 
 Z_DIM = 16
 HEAD_Z = 0.10  # The head's centre lies in front of the origin, near FFHQ's pivot (0, 0, 0.2).
@@ -27,9 +29,21 @@ BACKGROUND = 1.0  # White, in the [0, 1] of this file.
 # Parts an ellipsoid can belong to.
 SKIN, EYE, EAR, NECK, HAIR, SHIRT, EXTRA = range(7)
 
-SKIN_TONES = [(0.98, 0.85, 0.76), (0.93, 0.73, 0.60), (0.80, 0.57, 0.42), (0.55, 0.36, 0.25), (0.34, 0.21, 0.15)]  # fmt: skip
+SKIN_TONES = [
+    (0.98, 0.85, 0.76),
+    (0.93, 0.73, 0.60),
+    (0.80, 0.57, 0.42),
+    (0.55, 0.36, 0.25),
+    (0.34, 0.21, 0.15),
+]
 SKIN_WORDS = ("pale skin", "light skin", "tan skin", "brown skin", "dark skin")
-HAIR_TONES = [(0.09, 0.08, 0.09), (0.30, 0.17, 0.09), (0.62, 0.20, 0.07), (0.90, 0.68, 0.28), (0.72, 0.72, 0.74)]  # fmt: skip
+HAIR_TONES = [
+    (0.09, 0.08, 0.09),
+    (0.30, 0.17, 0.09),
+    (0.62, 0.20, 0.07),
+    (0.90, 0.68, 0.28),
+    (0.72, 0.72, 0.74),
+]
 HAIR_WORDS = ("black", "brown", "red", "blond", "gray")
 ODD_HAIR = {"green": (0.15, 0.62, 0.22), "blue": (0.13, 0.33, 0.85), "pink": (0.95, 0.42, 0.68)}
 
@@ -62,76 +76,193 @@ class Domain:
 
 
 DOMAINS: dict[str, Domain] = {
-    "person": Domain(phrases=("a photo of a person", "a person", "a human face", "a portrait of a person")),
+    "person": Domain(
+        phrases=("a photo of a person", "a person", "a human face", "a portrait of a person")
+    ),
     "zombie": Domain(
         phrases=("a zombie", "an undead zombie", "a green zombie from a horror movie"),
-        skin=(0.42, 0.58, 0.30), keep_skin=0.15, hair=(0.14, 0.14, 0.10), keep_hair=0.25,
-        eye=(0.93, 0.88, 0.55), iris=(0.75, 0.08, 0.05), pupil=(0.25, 0.0, 0.0),
-        lips=(0.28, 0.13, 0.16), shirt=(0.33, 0.28, 0.24), socket=(0.20, 0.24, 0.16), texture="rot", attributes=False,
+        skin=(0.42, 0.58, 0.30),
+        keep_skin=0.15,
+        hair=(0.14, 0.14, 0.10),
+        keep_hair=0.25,
+        eye=(0.93, 0.88, 0.55),
+        iris=(0.75, 0.08, 0.05),
+        pupil=(0.25, 0.0, 0.0),
+        lips=(0.28, 0.13, 0.16),
+        shirt=(0.33, 0.28, 0.24),
+        socket=(0.20, 0.24, 0.16),
+        texture="rot",
+        attributes=False,
     ),
     "bronze": Domain(
-        phrases=("a bronze statue", "a statue made of bronze", "a bronze bust", "a metal bronze sculpture"),
-        skin=(0.66, 0.42, 0.17), hair=(0.52, 0.31, 0.11), eye=(0.66, 0.42, 0.17), iris=(0.56, 0.34, 0.13),
-        pupil=(0.30, 0.17, 0.06), lips=(0.58, 0.35, 0.13), shirt=(0.50, 0.30, 0.11), texture="bronze",
-        diffuse=0.80, ambient=0.26, specular=0.95, shininess=22.0, attributes=False,
+        phrases=(
+            "a bronze statue",
+            "a statue made of bronze",
+            "a bronze bust",
+            "a metal bronze sculpture",
+        ),
+        skin=(0.66, 0.42, 0.17),
+        hair=(0.52, 0.31, 0.11),
+        eye=(0.66, 0.42, 0.17),
+        iris=(0.56, 0.34, 0.13),
+        pupil=(0.30, 0.17, 0.06),
+        lips=(0.58, 0.35, 0.13),
+        shirt=(0.50, 0.30, 0.11),
+        texture="bronze",
+        diffuse=0.80,
+        ambient=0.26,
+        specular=0.95,
+        shininess=22.0,
+        attributes=False,
     ),
     "marble": Domain(
-        phrases=("a marble statue", "a white marble statue", "a marble bust", "a statue carved from white stone"),
-        skin=(0.88, 0.88, 0.90), hair=(0.82, 0.82, 0.85), eye=(0.90, 0.90, 0.92), iris=(0.84, 0.84, 0.87),
-        pupil=(0.70, 0.70, 0.74), lips=(0.80, 0.80, 0.83), shirt=(0.80, 0.80, 0.84), texture="veins",
-        diffuse=0.66, ambient=0.34, specular=0.16, attributes=False,
+        phrases=(
+            "a marble statue",
+            "a white marble statue",
+            "a marble bust",
+            "a statue carved from white stone",
+        ),
+        skin=(0.88, 0.88, 0.90),
+        hair=(0.82, 0.82, 0.85),
+        eye=(0.90, 0.90, 0.92),
+        iris=(0.84, 0.84, 0.87),
+        pupil=(0.70, 0.70, 0.74),
+        lips=(0.80, 0.80, 0.83),
+        shirt=(0.80, 0.80, 0.84),
+        texture="veins",
+        diffuse=0.66,
+        ambient=0.34,
+        specular=0.16,
+        attributes=False,
     ),
     "clown": Domain(
         phrases=("a clown", "a circus clown", "a funny clown with a red nose"),
-        skin=(0.97, 0.95, 0.93), keep_skin=0.08, hair=(0.95, 0.38, 0.06), keep_hair=0.10, iris=(0.10, 0.30, 0.75),
-        lips=(0.88, 0.06, 0.10), shirt=(0.93, 0.78, 0.16), nose=(0.93, 0.06, 0.08), stripe=(0.16, 0.36, 0.90),
-        shape={"nose": 1.55, "mouth": 1.45, "lips": 1.9, "hair_volume": 0.020, "lock": 1.9}, attributes=False,
+        skin=(0.97, 0.95, 0.93),
+        keep_skin=0.08,
+        hair=(0.95, 0.38, 0.06),
+        keep_hair=0.10,
+        iris=(0.10, 0.30, 0.75),
+        lips=(0.88, 0.06, 0.10),
+        shirt=(0.93, 0.78, 0.16),
+        nose=(0.93, 0.06, 0.08),
+        stripe=(0.16, 0.36, 0.90),
+        shape={"nose": 1.55, "mouth": 1.45, "lips": 1.9, "hair_volume": 0.020, "lock": 1.9},
+        attributes=False,
     ),
     "alien": Domain(
         phrases=("a blue alien", "an alien with blue skin", "a blue extraterrestrial alien"),
-        skin=(0.22, 0.50, 0.86), keep_skin=0.12, hair=(0.10, 0.10, 0.30), keep_hair=0.22,
-        eye=(0.98, 0.88, 0.22), iris=(0.10, 0.12, 0.10), pupil=(0.02, 0.02, 0.02), lips=(0.11, 0.22, 0.52),
-        shirt=(0.40, 0.24, 0.60), specular=0.28, shape={"eye": 1.45, "nose": 0.70, "ear": 1.55, "skull": 1.10}, attributes=False,
+        skin=(0.22, 0.50, 0.86),
+        keep_skin=0.12,
+        hair=(0.10, 0.10, 0.30),
+        keep_hair=0.22,
+        eye=(0.98, 0.88, 0.22),
+        iris=(0.10, 0.12, 0.10),
+        pupil=(0.02, 0.02, 0.02),
+        lips=(0.11, 0.22, 0.52),
+        shirt=(0.40, 0.24, 0.60),
+        specular=0.28,
+        shape={"eye": 1.45, "nose": 0.70, "ear": 1.55, "skull": 1.10},
+        attributes=False,
     ),
     "robot": Domain(
         phrases=("a robot", "a metal robot", "a shiny steel robot", "a chrome android"),
-        skin=(0.62, 0.66, 0.71), hair=(0.34, 0.37, 0.42), keep_hair=0.12, eye=(0.10, 0.14, 0.18), iris=(0.10, 0.95, 0.98),
-        pupil=(0.80, 1.0, 1.0), lips=(0.20, 0.22, 0.26), shirt=(0.40, 0.43, 0.48), extra=(0.92, 0.20, 0.12),
-        texture="panels", diffuse=0.72, ambient=0.28, specular=0.85, shininess=30.0,
-        shape={"antenna": 1.0, "ear_flat": 1.0}, attributes=False,
+        skin=(0.62, 0.66, 0.71),
+        hair=(0.34, 0.37, 0.42),
+        keep_hair=0.12,
+        eye=(0.10, 0.14, 0.18),
+        iris=(0.10, 0.95, 0.98),
+        pupil=(0.80, 1.0, 1.0),
+        lips=(0.20, 0.22, 0.26),
+        shirt=(0.40, 0.43, 0.48),
+        extra=(0.92, 0.20, 0.12),
+        texture="panels",
+        diffuse=0.72,
+        ambient=0.28,
+        specular=0.85,
+        shininess=30.0,
+        shape={"antenna": 1.0, "ear_flat": 1.0},
+        attributes=False,
     ),
     "sketch": Domain(
-        phrases=("a pencil sketch", "a pencil drawing of a face", "a black and white line drawing", "a sketch of a person"),
-        texture="sketch", attributes=False,
+        phrases=(
+            "a pencil sketch",
+            "a pencil drawing of a face",
+            "a black and white line drawing",
+            "a sketch of a person",
+        ),
+        texture="sketch",
+        attributes=False,
     ),
     "elf": Domain(
         phrases=("an elf", "a forest elf with pointed ears", "a fantasy elf"),
-        skin=(0.96, 0.84, 0.68), keep_skin=0.65, iris=(0.10, 0.68, 0.30), lips=(0.72, 0.35, 0.38),
-        shirt=(0.16, 0.45, 0.20), extra=(0.85, 0.70, 0.20),
-        shape={"ear": 1.15, "ear_point": 1.0, "eye": 1.15, "nose": 0.85, "circlet": 1.0}, 
+        skin=(0.96, 0.84, 0.68),
+        keep_skin=0.65,
+        iris=(0.10, 0.68, 0.30),
+        lips=(0.72, 0.35, 0.38),
+        shirt=(0.16, 0.45, 0.20),
+        extra=(0.85, 0.70, 0.20),
+        shape={"ear": 1.15, "ear_point": 1.0, "eye": 1.15, "nose": 0.85, "circlet": 1.0},
     ),
     "devil": Domain(
         phrases=("a devil", "a red devil with horns", "a demon from hell"),
-        skin=(0.78, 0.10, 0.08), keep_skin=0.12, hair=(0.08, 0.05, 0.05), keep_hair=0.15, eye=(0.98, 0.84, 0.20),
-        iris=(0.72, 0.05, 0.02), pupil=(0.05, 0.0, 0.0), lips=(0.30, 0.02, 0.04), shirt=(0.12, 0.08, 0.10), extra=(0.28, 0.20, 0.16),
-        specular=0.30, shape={"horn": 1.0, "ear_point": 0.5, "brow": -0.35}, attributes=False,
+        skin=(0.78, 0.10, 0.08),
+        keep_skin=0.12,
+        hair=(0.08, 0.05, 0.05),
+        keep_hair=0.15,
+        eye=(0.98, 0.84, 0.20),
+        iris=(0.72, 0.05, 0.02),
+        pupil=(0.05, 0.0, 0.0),
+        lips=(0.30, 0.02, 0.04),
+        shirt=(0.12, 0.08, 0.10),
+        extra=(0.28, 0.20, 0.16),
+        specular=0.30,
+        shape={"horn": 1.0, "ear_point": 0.5, "brow": -0.35},
+        attributes=False,
     ),
     "wood": Domain(
         phrases=("a wooden puppet", "a puppet carved from wood", "a wooden marionette"),
-        skin=(0.78, 0.55, 0.32), hair=(0.42, 0.24, 0.12), keep_hair=0.20, eye=(0.95, 0.93, 0.86), iris=(0.25, 0.16, 0.09),
-        lips=(0.70, 0.20, 0.14), shirt=(0.62, 0.15, 0.14), texture="wood", specular=0.18, shape={"nose": 1.15, "nose_long": 1.0}, attributes=False,
+        skin=(0.78, 0.55, 0.32),
+        hair=(0.42, 0.24, 0.12),
+        keep_hair=0.20,
+        eye=(0.95, 0.93, 0.86),
+        iris=(0.25, 0.16, 0.09),
+        lips=(0.70, 0.20, 0.14),
+        shirt=(0.62, 0.15, 0.14),
+        texture="wood",
+        specular=0.18,
+        shape={"nose": 1.15, "nose_long": 1.0},
+        attributes=False,
     ),
     "ice": Domain(
         phrases=("an ice sculpture", "a statue made of ice", "a frozen ice bust"),
-        skin=(0.62, 0.86, 0.97), hair=(0.44, 0.74, 0.93), eye=(0.78, 0.94, 1.0), iris=(0.45, 0.72, 0.92), pupil=(0.25, 0.52, 0.80),
-        lips=(0.42, 0.70, 0.92), shirt=(0.42, 0.70, 0.92), texture="ice", diffuse=0.42, ambient=0.52, specular=0.85, shininess=26.0, attributes=False,
+        skin=(0.62, 0.86, 0.97),
+        hair=(0.44, 0.74, 0.93),
+        eye=(0.78, 0.94, 1.0),
+        iris=(0.45, 0.72, 0.92),
+        pupil=(0.25, 0.52, 0.80),
+        lips=(0.42, 0.70, 0.92),
+        shirt=(0.42, 0.70, 0.92),
+        texture="ice",
+        diffuse=0.42,
+        ambient=0.52,
+        specular=0.85,
+        shininess=26.0,
+        attributes=False,
     ),
     "toy": Domain(
         phrases=("a yellow toy figure", "a plastic toy figure", "a toy brick person"),
-        skin=(0.99, 0.80, 0.12), eye=(0.05, 0.05, 0.05), iris=(0.05, 0.05, 0.05), pupil=(0.05, 0.05, 0.05), lips=(0.45, 0.12, 0.06),
-        shirt=(0.83, 0.13, 0.12), specular=0.45, shininess=30.0, shape={"nose": 0.45, "ear": 0.35, "eye": 0.80}, attributes=True,
+        skin=(0.99, 0.80, 0.12),
+        eye=(0.05, 0.05, 0.05),
+        iris=(0.05, 0.05, 0.05),
+        pupil=(0.05, 0.05, 0.05),
+        lips=(0.45, 0.12, 0.06),
+        shirt=(0.83, 0.13, 0.12),
+        specular=0.45,
+        shininess=30.0,
+        shape={"nose": 0.45, "ear": 0.35, "eye": 0.80},
+        attributes=True,
     ),
-}  # fmt: skip
+}
 SOURCE = "person"
 TARGETS = tuple(name for name in DOMAINS if name != SOURCE)
 # Never used while tuning the adaptation; the tables are judged on them.
@@ -224,7 +355,9 @@ def build(z: Tensor, domain: str = SOURCE, hair: str | None = None) -> Heads:
     # Nose: bridge and tip.
     tip_z = surface_z(zero, nose_y) + 0.30 * nose + 0.030 * factor("nose_long", 0.0)
     add(SKIN, (0, 0.5 * (nose_y + 0.02), tip_z - 0.012), (0.50 * nose, 0.045, 0.75 * nose))
-    add(SKIN, (0, nose_y, tip_z), (nose, 0.86 * nose, nose * (1.1 + 0.9 * factor("nose_long", 0.0))))
+    add(
+        SKIN, (0, nose_y, tip_z), (nose, 0.86 * nose, nose * (1.1 + 0.9 * factor("nose_long", 0.0)))
+    )
     # Eyes, ears, neck, shoulders.
     eye_y = 0.034
     eye_z = surface_z(eye_x, eye_y) - 0.42 * eye_r
@@ -234,29 +367,61 @@ def build(z: Tensor, domain: str = SOURCE, hair: str | None = None) -> Heads:
     for side in (-1, 1):
         add(
             EAR,
-            (side * (0.97 * width + 0.022 * point), 0.004 + 0.048 * point, hz + 0.010 * point - 0.015),
-            (0.017 + 0.010 * flat + 0.016 * point, ear * (1.25 + 1.15 * point - 0.2 * flat), ear * (0.75 + 0.3 * flat)),
+            (
+                side * (0.97 * width + 0.022 * point),
+                0.004 + 0.048 * point,
+                hz + 0.010 * point - 0.015,
+            ),
+            (
+                0.017 + 0.010 * flat + 0.016 * point,
+                ear * (1.25 + 1.15 * point - 0.2 * flat),
+                ear * (0.75 + 0.3 * flat),
+            ),
         )
     add(NECK, (0, -0.215, hz - 0.035), (0.078, 0.150, 0.078))
     add(SHIRT, (0, -0.380, hz - 0.045), (0.245, 0.150, 0.130))
     # Hair: a cap cut by a plane, the back, two locks.
     lock = factor("lock")
     add(HAIR, (0, 0.070, hz - 0.012), (width + volume, 0.160 * height + volume, 0.178 + volume))
-    add(HAIR, (0, -0.010 - 0.130 * length, hz - 0.085), (width + 0.6 * volume, 0.105 + 0.120 * length, 0.085))
+    add(
+        HAIR,
+        (0, -0.010 - 0.130 * length, hz - 0.085),
+        (width + 0.6 * volume, 0.105 + 0.120 * length, 0.085),
+    )
     for side in (-1, 1):
         add(
             HAIR,
             (side * (0.98 * width + 0.35 * volume), 0.045 - 0.130 * length, hz - 0.020),
-            (0.024 * lock + 0.4 * volume, (0.040 + 0.135 * length) * (0.75 + 0.25 * lock), 0.052 + 0.4 * volume),
+            (
+                0.024 * lock + 0.4 * volume,
+                (0.040 + 0.135 * length) * (0.75 + 0.25 * lock),
+                0.052 + 0.4 * volume,
+            ),
         )
     # Horns, antenna or circlet, as the domain asks; a vanished radius hides the others.
     horn, antenna, circlet = (factor(k, 0.0) for k in ("horn", "antenna", "circlet"))
     top = 0.058 + 0.158 * height
     for side in (-1, 1):
-        add(EXTRA, (side * 0.082, top + 0.012 * horn - 0.05 * (1 - horn), hz + 0.055 * horn), (0.022 * horn, 0.062 * horn, 0.022 * horn))
-    add(EXTRA, (0, top + 0.035 * antenna - 0.05 * (1 - antenna), hz + 0.02 * antenna), (0.008 * antenna, 0.060 * antenna, 0.008 * antenna))
-    add(EXTRA, (0, top + 0.080 * antenna - 0.05 * (1 - antenna), hz + 0.02 * antenna), (0.021 * antenna,) * 3)
-    add(EXTRA, (0, 0.118 * circlet, hz - 0.005 * circlet), ((width + volume + 0.006) * circlet, 0.011 * circlet, (0.186 + volume) * circlet))
+        add(
+            EXTRA,
+            (side * 0.082, top + 0.012 * horn - 0.05 * (1 - horn), hz + 0.055 * horn),
+            (0.022 * horn, 0.062 * horn, 0.022 * horn),
+        )
+    add(
+        EXTRA,
+        (0, top + 0.035 * antenna - 0.05 * (1 - antenna), hz + 0.02 * antenna),
+        (0.008 * antenna, 0.060 * antenna, 0.008 * antenna),
+    )
+    add(
+        EXTRA,
+        (0, top + 0.080 * antenna - 0.05 * (1 - antenna), hz + 0.02 * antenna),
+        (0.021 * antenna,) * 3,
+    )
+    add(
+        EXTRA,
+        (0, 0.118 * circlet, hz - 0.005 * circlet),
+        ((width + volume + 0.006) * circlet, 0.011 * circlet, (0.186 + volume) * circlet),
+    )
 
     own_skin = _palette(SKIN_TONES, _cdf(p[:, 15]))
     own_hair = _palette(HAIR_TONES, _cdf(p[:, 12]))
@@ -266,10 +431,16 @@ def build(z: Tensor, domain: str = SOURCE, hair: str | None = None) -> Heads:
     hair_rgb = own_hair if spec.hair is None else _mix(spec.hair, own_hair, spec.keep_hair)
     own_lips = skin * torch.tensor([0.82, 0.50, 0.50], device=z.device)
     face = {
-        "eye_x": eye_x, "eye_r": eye_r, "eye_y": zero + eye_y, "mouth_w": mouth_w,
-        "mouth_y": -0.090 * height - 0.4 * chin, "smile": 0.020 * s[:, 10], "lips_h": (0.0125 + zero) * factor("lips"),
-        "brow_tilt": 0.45 * s[:, 11] + factor("brow", 0.0), "hairline": 0.118 + 0.014 * s[:, 13],
-    }  # fmt: skip
+        "eye_x": eye_x,
+        "eye_r": eye_r,
+        "eye_y": zero + eye_y,
+        "mouth_w": mouth_w,
+        "mouth_y": -0.090 * height - 0.4 * chin,
+        "smile": 0.020 * s[:, 10],
+        "lips_h": (0.0125 + zero) * factor("lips"),
+        "brow_tilt": 0.45 * s[:, 11] + factor("brow", 0.0),
+        "hairline": 0.118 + 0.014 * s[:, 13],
+    }
     face = {k: v.view(b, 1) for k, v in face.items()}
     face["skin"] = skin.view(b, 1, 3)
     face["hair"] = hair_rgb.view(b, 1, 3)
@@ -323,7 +494,19 @@ def trace(heads: Heads, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tens
     return t.min(dim=-1)
 
 
-def _blended_normal(heads: Heads, point: Tensor, parts: tuple[int, ...], sharpness: float) -> Tensor:
+def occupied(heads: Heads, point: Tensor) -> Tensor:
+    """Return whether points [B, R, 3] lie inside the head, [B, R] bool; the cap is a thin shell."""
+    q = (point.unsqueeze(2) - heads.center.unsqueeze(1)) / heads.radius.unsqueeze(1)
+    size = q.square().sum(-1)
+    inside = size < 1  # [B, R, E]
+    cap = int((heads.part == HAIR).nonzero()[0])
+    inside[..., cap] &= (size[..., cap] > 0.94) & (_hair_cut(heads, point) > 0)
+    return inside.any(-1)
+
+
+def _blended_normal(
+    heads: Heads, point: Tensor, parts: tuple[int, ...], sharpness: float
+) -> Tensor:
     """Normal of the soft union of some parts, [B, R, 3]: seams between ellipsoids vanish."""
     chosen = torch.isin(heads.part, torch.tensor(parts, device=point.device)).nonzero().flatten()
     normal = torch.zeros_like(point)
@@ -343,9 +526,9 @@ def _blended_normal(heads: Heads, point: Tensor, parts: tuple[int, ...], sharpne
 def _noise(point: Tensor, frequency: float) -> Tensor:
     """A cheap smooth pattern in [-1, 1], [B, R]."""
     x, y, z = (point * frequency).unbind(-1)
-    return torch.sin(x + 1.7 * torch.sin(0.9 * y + 0.5)) * torch.sin(y + 1.3 * torch.sin(1.1 * z)) + 0.4 * torch.sin(
-        2.3 * x + 3.1 * y - 1.9 * z
-    )
+    return torch.sin(x + 1.7 * torch.sin(0.9 * y + 0.5)) * torch.sin(
+        y + 1.3 * torch.sin(1.1 * z)
+    ) + 0.4 * torch.sin(2.3 * x + 3.1 * y - 1.9 * z)
 
 
 def shade(heads: Heads, point: Tensor, index: Tensor) -> Tensor:
@@ -374,30 +557,42 @@ def shade(heads: Heads, point: Tensor, index: Tensor) -> Tensor:
     # Normals: soft within skin and within hair, exact elsewhere.
     is_skin = (kind == SKIN) | (kind == NECK)
     is_hair = kind == HAIR
-    normal = torch.where(is_skin.unsqueeze(-1), _blended_normal(heads, point, (SKIN, NECK), 110.0), own)
-    normal = torch.where(is_hair.unsqueeze(-1), _blended_normal(heads, point, (HAIR,), 90.0), normal)
+    normal = torch.where(
+        is_skin.unsqueeze(-1), _blended_normal(heads, point, (SKIN, NECK), 110.0), own
+    )
+    normal = torch.where(
+        is_hair.unsqueeze(-1), _blended_normal(heads, point, (HAIR,), 90.0), normal
+    )
 
     # Skin with blush, sockets, lips and brows.
     skin = f["skin"].expand_as(point).clone()
     front = (z > HEAD_Z + 0.03) & (kind == SKIN)
     ax = x.abs()
     if spec.texture == "" and spec.skin is None or spec.attributes:
-        blush = 0.30 * torch.exp(-(((ax - 0.078) / 0.032) ** 2 + ((y + 0.048) / 0.026) ** 2)) * front
+        blush = (
+            0.30 * torch.exp(-(((ax - 0.078) / 0.032) ** 2 + ((y + 0.048) / 0.026) ** 2)) * front
+        )
         skin = skin * (1 - blush.unsqueeze(-1) * rgb((0.05, 0.45, 0.45)))
     eye_d = (((ax - f["eye_x"]) / f["eye_r"]) ** 2 + ((y - f["eye_y"]) / f["eye_r"]) ** 2).sqrt()
     if spec.socket is not None:
         skin = paint(skin, front & (eye_d < 1.55), rgb(spec.socket))
     if spec.stripe is not None:
-        band = ((ax - f["eye_x"]).abs() < 0.014) & ((y - f["eye_y"]).abs() < 0.085 - 0.9 * (ax - f["eye_x"]).abs())
+        band = ((ax - f["eye_x"]).abs() < 0.014) & (
+            (y - f["eye_y"]).abs() < 0.085 - 0.9 * (ax - f["eye_x"]).abs()
+        )
         skin = paint(skin, front & band, rgb(spec.stripe))
-    skin = torch.where((front & (eye_d < 1.16) & (spec.texture != "rot")).unsqueeze(-1), skin * 0.80, skin)
+    skin = torch.where(
+        (front & (eye_d < 1.16) & (spec.texture != "rot")).unsqueeze(-1), skin * 0.80, skin
+    )
     u = x / f["mouth_w"]
     mouth = y - f["mouth_y"] - f["smile"] * (u.square() - 0.4)
     lips_h = f["lips_h"] * (1 - u.square()).clamp(min=0) ** 0.7
     skin = paint(skin, front & (u.abs() < 1) & (mouth.abs() < lips_h), f["lips"])
     skin = paint(skin, front & (u.abs() < 0.92) & (mouth.abs() < 0.0028), f["lips"] * 0.35)
     brow_y = f["eye_y"] + f["eye_r"] + 0.016 - f["brow_tilt"] * (f["eye_x"] - ax)
-    brow = ((ax - f["eye_x"]).abs() < 0.036) & ((y - brow_y + 9.0 * (ax - f["eye_x"]) ** 2).abs() < 0.0068)
+    brow = ((ax - f["eye_x"]).abs() < 0.036) & (
+        (y - brow_y + 9.0 * (ax - f["eye_x"]) ** 2).abs() < 0.0068
+    )
     skin = paint(skin, front & brow, f["hair"] * 0.72)
     if spec.nose is not None:
         tip = int((heads.part == SKIN).nonzero()[6])
@@ -405,7 +600,9 @@ def shade(heads: Heads, point: Tensor, index: Tensor) -> Tensor:
     # Skin darkens below the hairline and below the chin.
     near_hair = torch.sigmoid(-_hair_cut(heads, point) / 0.006 - 2.5)
     skin = skin * torch.lerp(torch.tensor(0.80), torch.tensor(1.0), near_hair).unsqueeze(-1)
-    skin = skin * torch.where(kind == NECK, 0.62 + 0.30 * torch.sigmoid((-0.20 - y) / 0.02), 1.0).unsqueeze(-1)
+    skin = skin * torch.where(
+        kind == NECK, 0.62 + 0.30 * torch.sigmoid((-0.20 - y) / 0.02), 1.0
+    ).unsqueeze(-1)
 
     # Eyes: white, iris, pupil, a glint, and the upper lid with its lash line.
     eye = rgb(spec.eye).expand_as(point)
@@ -417,7 +614,9 @@ def shade(heads: Heads, point: Tensor, index: Tensor) -> Tensor:
     eye = paint(eye, q[..., 1] > 0.64, f["skin"] * 0.86)
 
     # Hair with strands.
-    strand = 1 + 0.13 * torch.sin(70 * x + 25 * y) * torch.sin(45 * z + 2) + 0.05 * torch.sin(160 * x)
+    strand = (
+        1 + 0.13 * torch.sin(70 * x + 25 * y) * torch.sin(45 * z + 2) + 0.05 * torch.sin(160 * x)
+    )
     hair = f["hair"] * strand.unsqueeze(-1)
 
     base = skin
@@ -445,7 +644,9 @@ def _textured(base: Tensor, point: Tensor, kind: Tensor, spec: Domain) -> Tensor
         tint = torch.tensor([0.72, 0.62, 0.55], device=point.device)
         return torch.where(solid, base * torch.lerp(torch.ones_like(tint), tint, patch), base)
     if spec.texture == "panels":
-        seam = ((y - 0.088).abs() < 0.0028) | (((x.abs() - 0.088).abs() < 0.0028) & (y < 0.088) & (y > -0.11))
+        seam = ((y - 0.088).abs() < 0.0028) | (
+            ((x.abs() - 0.088).abs() < 0.0028) & (y < 0.088) & (y > -0.11)
+        )
         seam = seam & (kind == SKIN) & (z > HEAD_Z)
         return torch.where(seam.unsqueeze(-1), base * 0.45, base)
     if spec.texture == "ice":
@@ -486,31 +687,14 @@ def _sketch(base: Tensor, light: Tensor, kind: Tensor, point: Tensor) -> Tensor:
     return tone.unsqueeze(-1).expand_as(base)
 
 
-def camera_rays(c: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Rays through the pixel centres of a size x size picture (OpenCV, as EG3D).
-
-    Args:
-        c: Camera labels, [B, 25].
-
-    Returns:
-        Origins and unit directions, [B, size * size, 3] each, row by row.
-    """
-    pose, k = c[:, :16].view(-1, 4, 4), c[:, 16:].view(-1, 3, 3)
-    mid = (torch.arange(size, device=c.device) + 0.5) / size
-    v, u = torch.meshgrid(mid, mid, indexing="ij")
-    x = (u.flatten() - k[:, 0, 2:]) / k[:, 0, :1]
-    y = (v.flatten() - k[:, 1, 2:]) / k[:, 1, 1:2]
-    local = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [B, R, 3]
-    direction = F.normalize(local @ pose[:, :3, :3].mT, dim=-1)
-    return pose[:, None, :3, 3].expand_as(direction), direction
-
-
 def outline(t: Tensor, index: Tensor) -> Tensor:
     """Pencil lines of a picture: jumps of depth or of part, [B, S, S] bool."""
     d = t.nan_to_num(posinf=4.0)
     edge = torch.zeros_like(index, dtype=torch.bool)
     for dim in (1, 2):
-        jump = (d.diff(dim=dim).abs() > 0.018) | ((index.diff(dim=dim) != 0) & (d.diff(dim=dim).abs() > 0.004))
+        jump = (d.diff(dim=dim).abs() > 0.018) | (
+            (index.diff(dim=dim) != 0) & (d.diff(dim=dim).abs() > 0.004)
+        )
         pad = [0, 1, 0, 0] if dim == 2 else [0, 0, 0, 1]
         edge |= F.pad(jump, pad)
     return F.max_pool2d(edge.float().unsqueeze(1), 3, 1, 1).squeeze(1) > 0
@@ -518,7 +702,12 @@ def outline(t: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render(
-    z: Tensor, c: Tensor, domain: str = SOURCE, size: int = 128, hair: str | None = None, supersample: int = 2
+    z: Tensor,
+    c: Tensor,
+    domain: str = SOURCE,
+    size: int = 128,
+    hair: str | None = None,
+    supersample: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the true picture of some latents in a domain.
 
@@ -536,7 +725,7 @@ def render(
     """
     b, s = len(z), size * supersample
     heads = build(z, domain, hair)
-    origin, direction = camera_rays(c, s)
+    origin, direction = pixel_rays(c, s)
     t, index = trace(heads, origin, direction)
     hit = t.isfinite()
     point = origin + torch.where(hit, t, 0.0).unsqueeze(-1) * direction

@@ -24,6 +24,7 @@ class Oracle(nn.Module):
     """Convolutions at half the resolution each, then one linear layer."""
 
     def __init__(self) -> None:
+        """Create the layers."""
         super().__init__()
         widths = (3, 24, 48, 96, 128, 160)
         layers: list[nn.Module] = []
@@ -80,14 +81,18 @@ def train_oracle(cfg: Config) -> None:
     def terms(step: int) -> dict[str, Tensor]:
         rows, which = torch.randint(len(people), (48,)), step % 2
         images = to_images(views[which][rows.numpy()]) + 0.04 * torch.randn(48, 3, 128, 128)
-        domain, z, camera = oracle(images.contiguous(memory_format=torch.channels_last).to(cfg.device))
+        domain, z, camera = oracle(
+            images.contiguous(memory_format=torch.channels_last).to(cfg.device)
+        )
         return {
             "domain": 0.3 * F.cross_entropy(domain, domains[rows].to(cfg.device)),
             "identity": (z - people[rows].to(cfg.device)).square().mean(),
             "camera": 20 * (camera - cameras[which][rows].to(cfg.device)).square().sum(1).mean(),
         }
 
-    minutes = fit("oracle", oracle.parameters(), terms, cfg, steps=4000, lr=1.5e-3, weight_decay=0.05)
+    minutes = fit(
+        "oracle", oracle.parameters(), terms, cfg, steps=4000, lr=1.5e-3, weight_decay=0.05
+    )
     save_file({k: v.half().contiguous() for k, v in oracle.cpu().state_dict().items()}, ORACLE)
 
     oracle = load_oracle()
@@ -95,10 +100,16 @@ def train_oracle(cfg: Config) -> None:
     with torch.no_grad():
         parts = [oracle(to_images(views[0][i : i + 64])) for i in range(0, len(people), 64)]
     domain, z, camera = (torch.cat(x) for x in zip(*parts, strict=True))
+    named = domain.argmax(1) == domains
     match = (z @ people.T).argmax(1) == torch.arange(len(people))
-    report("oracle", cfg, minutes, {
-        "held-out renders whose domain it names": f"{100 * (domain.argmax(1) == domains).float().mean():.1f} %",
-        f"whose person it finds among {len(people)}": f"{100 * match.float().mean():.1f} %",
-        "cosine of the identity": f"{F.cosine_similarity(z, people).mean():.3f}",
-        "camera error [deg]": f"{angle_deg(camera, cameras[0]).mean():.2f}",
-    })  # fmt: skip
+    report(
+        "oracle",
+        cfg,
+        minutes,
+        {
+            "held-out renders whose domain it names": f"{100 * named.float().mean():.1f} %",
+            f"whose person it finds among {len(people)}": f"{100 * match.float().mean():.1f} %",
+            "cosine of the identity": f"{F.cosine_similarity(z, people).mean():.3f}",
+            "camera error [deg]": f"{angle_deg(camera, cameras[0]).mean():.2f}",
+        },
+    )

@@ -1,7 +1,7 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
-`python -m puppets.data` first, then, in this order (IP-Adapter after UNet, UNet after CLIP and VAE):
-`python -m puppets.pretrain clip | vae | unet | ip-adapter | dino | oracle | generator`.
+`python -m puppets.data` first, then, in this order (the UNet needs CLIP and VAE, all others stand
+alone but for the IP-Adapter, which needs the UNet): `python -m puppets.pretrain clip | vae | unet | ip-adapter | dino | oracle | generator`.
 Optimiser state goes to `.pretrain/PART.pt` every three minutes; the finished part is written in the
 formats of real checkpoints to `checkpoints/puppets`, and its validation figures to its REPORT.md.
 """
@@ -43,6 +43,7 @@ class Averages:
     """Exponential moving average of some parameters, kept beside them."""
 
     def __init__(self, params: list[nn.Parameter], decay: float = 0.998) -> None:
+        """Start at the parameters' values."""
         self.params, self.decay = params, decay
         self.values = [p.detach().clone() for p in params]
 
@@ -152,9 +153,15 @@ def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | st
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() else "# How the embedded checkpoints were made\n"
     sections = {s.split("\n", 1)[0]: s for s in text.split("\n## ")}
-    lines = [f"{part}\n", f"`python -m puppets.pretrain {part}`, {minutes:.0f} minutes on {cfg.device}", ""]
+    lines = [
+        f"{part}\n",
+        f"`python -m puppets.pretrain {part}`, {minutes:.0f} minutes on {cfg.device}",
+        "",
+    ]
     lines += ["| figure | value |", "|---|---|"]
-    lines += [f"| {k} | {v if isinstance(v, str) else format(v, '.4g')} |" for k, v in figures.items()]
+    lines += [
+        f"| {k} | {v if isinstance(v, str) else format(v, '.4g')} |" for k, v in figures.items()
+    ]
     sections[part] = "\n".join(lines) + "\n"
     path.write_text("\n## ".join(sections.values()))
     print(sections[part])
