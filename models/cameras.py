@@ -50,7 +50,7 @@ def orbit(
 ) -> Tensor:
     """Return poses on a sphere about the origin, all looking at `pivot` (EG3D's LookAt sampler).
 
-    EG3D's angles are kept: positive yaw moves the camera towards -x, negative pitch moves it up,
+    EG3D's angles are kept: positive yaw moves the camera towards +x, negative pitch moves it up,
     and pitch is uniform in area rather than in angle (polar angle = arccos(-2 * pitch / pi)), so
     that pitch -0.2 is an elevation of 0.128 rad.
 

@@ -24,6 +24,13 @@ PLANE_AXES = (
     ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0)),
     ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
 )
+# Our constructor arguments, with the values that make the network EG3D's.
+EXTRAS = {
+    "plane_resolution": 256,
+    "plane_channels": 32,
+    "decoder_hidden": 64,
+    "feature_channels": 32,
+}
 MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
 
 
@@ -83,7 +90,10 @@ class TriPlaneGenerator(nn.Module):
         """
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.init_kwargs = _changed_kwargs(arguments)
+        # Data for JSON; ours are left out where they equal EG3D's.
+        self.init_kwargs = copy.deepcopy(
+            {k: v for k, v in arguments.items() if k not in EXTRAS or v != EXTRAS[k]}
+        )
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.neural_rendering_resolution = 64
@@ -291,6 +301,13 @@ class TriPlaneGenerator(nn.Module):
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
         return self.synthesis(ws, c, neural_rendering_resolution, noise_mode)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any
+    ) -> None:
+        """Load a state dict that may lack `dataset_label_std`: only EG3D's training adds it."""
+        state_dict.setdefault(f"{prefix}dataset_label_std", self.dataset_label_std)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _render(
         self, planes: Tensor, origins: Tensor, directions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,20 +322,3 @@ class TriPlaneGenerator(nn.Module):
         if limit is None:
             return acc
         return acc * torch.sigmoid((limit - depth) / MASK_SOFTNESS)
-
-
-OWN_ARGUMENTS = {
-    "plane_resolution": 256,
-    "plane_channels": 32,
-    "decoder_hidden": 64,
-    "feature_channels": 32,
-}
-
-
-def _changed_kwargs(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return constructor arguments as JSON-able data, ours only where they differ from EG3D's."""
-    return {
-        name: copy.deepcopy(value) if value is not None else value
-        for name, value in arguments.items()
-        if OWN_ARGUMENTS.get(name, ...) != value
-    }

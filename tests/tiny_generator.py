@@ -52,3 +52,44 @@ def even_samples():
     half = mock.patch("torch.rand_like", lambda x: torch.full_like(x, 0.5))
     with half, mock.patch("torch.rand", rand):
         yield
+
+
+RENDERING_KWARGS = {
+    "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
+    "superresolution_noise_mode": "none",
+    "sr_antialias": True,
+    "clamp_mode": "softplus",
+    "disparity_space_sampling": False,
+    "c_gen_conditioning_zero": False,
+    "c_scale": 1.0,
+    "depth_resolution": 6,
+    "depth_resolution_importance": 6,
+    "ray_start": 2.25,
+    "ray_end": 3.3,
+    "box_warp": 1.0,
+    "avg_camera_radius": 2.7,
+    "avg_camera_pivot": [0, 0, 0.2],
+}
+
+
+def small_generator(rendering_kwargs: dict | None = None, **changes) -> TriPlaneGenerator:
+    """Return a generator of 16 px renders and 32 px images, filled, float32, without gradients."""
+    arguments = {
+        "z_dim": 8,
+        "c_dim": 25,
+        "w_dim": 24,
+        "img_resolution": 32,
+        "img_channels": 3,
+        "mapping_kwargs": {"num_layers": 2},
+        "sr_kwargs": {"channels": (12, 8), "input_resolution": 16},
+        "channel_base": 256,
+        "channel_max": 16,
+        "plane_resolution": 32,
+        "plane_channels": 8,
+        "decoder_hidden": 16,
+        "feature_channels": 8,
+        **changes,
+    }
+    G = TriPlaneGenerator(**arguments, rendering_kwargs=RENDERING_KWARGS | (rendering_kwargs or {}))
+    G.neural_rendering_resolution = 16
+    return fill_parameters(G).requires_grad_(False)

@@ -1,0 +1,273 @@
+"""Rays, plane lookups, importance sampling and ray marching, against closed forms and loops."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_generator import RENDERING_KWARGS, even_samples
+
+from models import renderer
+from models.cameras import CameraSetup, camera_label, intrinsics, orbit
+from models.eg3d import PLANE_AXES
+from models.renderer import (
+    Decoder,
+    RayOptions,
+    box_depths,
+    coarse_depths,
+    evaluate_points,
+    expected_depth,
+    fold_planes,
+    importance_depths,
+    interval_to_sample_weights,
+    look_up,
+    march_weights,
+    pixel_rays,
+    render,
+)
+
+AXES = torch.tensor(PLANE_AXES)
+FIXED_AXES = torch.tensor(
+    [PLANE_AXES[0], PLANE_AXES[1], ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0))]
+)
+
+
+def options(**changes):
+    return RayOptions.from_kwargs(RENDERING_KWARGS | changes)
+
+
+def scene(batch=2, resolution=6):
+    torch.manual_seed(0)
+    planes = torch.randn(batch, 3, 4, 16, 16)
+    decoder = Decoder(4, 8, 5, lr_mul=1.0)
+    c = CameraSetup(yaw_range=0.5, pitch_range=0.3, distribution="uniform").sample(batch)
+    return planes, decoder, *pixel_rays(c, resolution)
+
+
+def official_lookup(planes, plane_axes, points, box_warp):
+    """One plane at a time, as EG3D states it: project, sample, average."""
+    total = 0
+    for plane, axes in zip(planes.unbind(1), plane_axes, strict=True):
+        uv = (points * (2 / box_warp) @ torch.linalg.inv(axes))[..., :2]
+        total = total + F.grid_sample(plane, uv[:, None], align_corners=False)[:, :, 0]
+    return total / 3  # [B, C, N]
+
+
+def test_central_pixel_looks_along_the_camera():
+    c = camera_label(orbit(torch.tensor([0.3]), torch.tensor([-0.2])), intrinsics())
+    origins, directions = pixel_rays(c, 5)
+    torch.testing.assert_close(origins[0, 12], c[0, [3, 7, 11]])
+    torch.testing.assert_close(directions[0, 12], c[0, [2, 6, 10]])
+
+
+def test_projecting_points_of_rays_gives_their_pixels():
+    c = camera_label(orbit(torch.tensor([0.4]), torch.tensor([0.1])), intrinsics(2.0))
+    c[:, 17] = 0.1  # Skew.
+    origins, directions = pixel_rays(c, 4)
+    pose, K = c[0, :16].view(4, 4), c[0, 16:].view(3, 3)
+    in_camera = (origins[0] + 1.7 * directions[0] - pose[:3, 3]) @ pose[:3, :3]
+    pixels = in_camera @ K.T
+    centres = (torch.arange(4) + 0.5) / 4
+    v, u = torch.meshgrid(centres, centres, indexing="ij")
+    torch.testing.assert_close(pixels[:, 0] / pixels[:, 2], u.flatten())
+    torch.testing.assert_close(pixels[:, 1] / pixels[:, 2], v.flatten())
+
+
+@pytest.mark.parametrize(("axes", "lookups"), [(AXES, 2), (FIXED_AXES, 3), (None, 3)])
+def test_folded_lookups_equal_the_mean_of_three(axes, lookups):
+    torch.manual_seed(1)
+    axes = torch.linalg.qr(torch.randn(3, 3, 3))[0] if axes is None else axes
+    planes, points = torch.randn(2, 3, 4, 8, 8), torch.rand(2, 50, 3) * 1.6 - 0.8
+    maps, projections = fold_planes(planes, axes, box_warp=1.3)
+    assert maps.shape[1] == len(projections) == lookups
+    coordinates = torch.einsum("bni,qij->bqnj", points, projections).unsqueeze(3)
+    torch.testing.assert_close(
+        look_up(maps, coordinates)[..., 0],
+        official_lookup(planes, axes, points, 1.3),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_points_outside_of_the_box_see_the_decoder_of_zero():
+    planes, decoder, _, _ = scene()
+    sigma, rgb = evaluate_points(planes, decoder, torch.full((2, 3, 3), 4.0), AXES, 1.0)
+    nothing, colour = decoder(torch.zeros(2, 4, 3))
+    torch.testing.assert_close(sigma[..., 0], nothing)
+    torch.testing.assert_close(rgb.mT, colour * 1.002 - 0.001)
+
+
+def test_strata_hold_one_depth_each():
+    shape = torch.zeros(2, 7, 3)
+    depths = coarse_depths(shape, shape, options(depth_resolution=5))
+    low = torch.linspace(2.25, 3.3, 5)
+    width = (3.3 - 2.25) / 4
+    assert (depths >= low).all() and (depths <= low + width).all()
+    assert depths.diff(dim=-1).min() > 0
+
+
+def test_disparity_sampling_is_even_in_inverse_depth():
+    shape = torch.zeros(1, 1, 3)
+    with even_samples():
+        depths = coarse_depths(shape, shape, options(disparity_space_sampling=True))
+    steps = (1 / depths).diff(dim=-1)
+    torch.testing.assert_close(steps, steps[..., :1].expand_as(steps))
+
+
+def test_box_depths_of_hits_and_misses():
+    origins = torch.tensor([[[0.0, 0, 3], [0, 0, 5], [0, 0, 3]]])
+    directions = F.normalize(torch.tensor([[[0.0, 0.01, -1], [0.01, 0, -1], [1, 0, -0.1]]]), dim=-1)
+    start, end = (depth[0, :, 0] for depth in box_depths(origins, directions, side=2.0))
+    torch.testing.assert_close(start[:2], torch.tensor([2.0, 4.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(end[:2], torch.tensor([4.0, 6.0]), rtol=1e-3, atol=0)
+    # The ray that misses takes the least entry, and the greatest entry as its end.
+    assert start[2] == start[:2].min() and end[2] == start[:2].max()
+
+
+def test_box_depths_when_every_ray_misses():
+    origins, directions = torch.tensor([[[0.0, 0, 3]]]), torch.tensor([[[0.6, 0.0, 0.8]]])
+    assert [d.item() for d in box_depths(origins, directions, 1.0)] == [-1, -2]
+
+
+def importance_by_loops(depths, weights, uniform):
+    """EG3D's sampler for one ray, one number at a time."""
+    count = len(depths)
+    bins = [(depths[i] + depths[i + 1]) / 2 for i in range(count - 1)]
+    padded = [-np.inf, *weights, -np.inf]
+    peaks = [max(padded[i], padded[i + 1]) for i in range(count)]
+    smooth = [(peaks[i] + peaks[i + 1]) / 2 + 0.01 for i in range(count - 1)]
+    pdf = np.array(smooth[1:-1]) + 1e-5
+    cdf = np.concatenate([[0], np.cumsum(pdf / pdf.sum())])
+    drawn = []
+    for u in uniform:
+        i = int((cdf <= u).sum())
+        low, high = max(i - 1, 0), min(i, len(pdf))
+        span = cdf[high] - cdf[low]
+        span = 1 if span < 1e-5 else span
+        drawn.append(bins[low] + (u - cdf[low]) / span * (bins[high] - bins[low]))
+    return drawn
+
+
+def test_importance_sampler_equals_its_oracle():
+    rng = np.random.RandomState(0)
+    depths = np.sort(rng.rand(20, 9) + 2, axis=1)
+    weights, uniform = rng.rand(20, 8) ** 4, rng.rand(20, 7)
+    uniform[0, :2] = 0, 1 - 1e-9
+    wanted = [importance_by_loops(*row) for row in zip(depths, weights, uniform, strict=True)]
+    drawn = importance_depths(*map(torch.from_numpy, (depths, weights, uniform)))
+    np.testing.assert_allclose(drawn.numpy(), wanted, rtol=1e-9)
+
+
+def test_constant_density_is_absorbed_exponentially():
+    depths = torch.linspace(1, 3, 9)
+    sigma = torch.full([9], 1.5)
+    weights = march_weights(depths, sigma)
+    density = F.softplus(torch.tensor(0.5))
+    passed = torch.exp(-density * (depths - 1))
+    torch.testing.assert_close(weights, passed[:-1] - passed[1:])
+    torch.testing.assert_close(weights.sum(), 1 - passed[-1])
+
+
+def test_an_opaque_sample_hides_what_lies_behind():
+    sigma = torch.tensor([-50.0, -50, 1e4, 1e4, -50])
+    depths = torch.tensor([1.0, 2, 3, 4, 5])
+    weights = march_weights(depths, sigma)
+    torch.testing.assert_close(weights, torch.tensor([0.0, 1, 0, 0]))
+    shared = interval_to_sample_weights(weights)
+    torch.testing.assert_close(expected_depth(depths, shared), torch.tensor([2.5]))
+
+
+def test_empty_rays_have_infinite_depth_and_finite_gradients():
+    sigma = torch.full([2, 6], -80.0, requires_grad=True)
+    depths = torch.linspace(1, 2, 6).expand(2, 6)
+    depth = expected_depth(depths, interval_to_sample_weights(march_weights(depths, sigma)))
+    assert depth.isinf().all()
+    depth.clamp(max=2).sum().backward()
+    assert sigma.grad.isfinite().all()
+
+
+def official_render(planes, decoder, origins, directions, options):
+    """EG3D's order of things: all samples evaluated, sorted with their colours, marched."""
+
+    def field(depths):
+        points = origins[:, :, None] + depths[..., None] * directions[:, :, None]
+        features = official_lookup(planes, AXES, points.flatten(1, 2), options.box_warp)
+        sigma, colour = decoder(features)
+        return sigma.view_as(depths), (colour.mT * 1.002 - 0.001).unflatten(1, depths.shape[1:])
+
+    depths = coarse_depths(origins, directions, options)
+    uniform = torch.rand(depths.shape[0] * depths.shape[1], options.depth_resolution_importance)
+    sigma, colour = field(depths)
+    fine = importance_depths(depths, march_weights(depths, sigma), uniform.view_as(depths))
+    sigma_fine, colour_fine = field(fine)
+    depths, order = torch.cat([depths, fine], -1).sort(-1)
+    sigma = torch.cat([sigma, sigma_fine], -1).gather(-1, order)
+    colour = torch.cat([colour, colour_fine], -2)
+    colour = colour.gather(-2, order.unsqueeze(-1).expand_as(colour))
+    weights = march_weights(depths, sigma).unsqueeze(-1)
+    rgb = (weights * (colour[..., 1:, :] + colour[..., :-1, :]) / 2).sum(-2)
+    acc = weights.sum(-2)
+    middle = (depths[..., 1:] + depths[..., :-1]).unsqueeze(-1) / 2
+    depth = ((weights * middle).sum(-2) / acc).clamp(depths.min(), depths.max())
+    return (rgb + options.white_back * (1 - acc)) * 2 - 1, depth, acc
+
+
+@pytest.mark.parametrize("white_back", [False, True])
+def test_render_equals_its_oracle(white_back, monkeypatch):
+    monkeypatch.setattr(renderer, "CHUNK_POINTS", 100)  # Several chunks, the last one smaller.
+    inputs = scene()
+    with torch.no_grad():
+        torch.manual_seed(2)
+        wanted = official_render(*inputs, options(white_back=white_back))
+        torch.manual_seed(2)
+        got = render(*inputs, AXES, options(white_back=white_back))
+    for name, a, b in zip(("features", "depth", "acc"), got, wanted, strict=True):
+        torch.testing.assert_close(a.mT, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_random_numbers_are_drawn_once_before_chunking(monkeypatch):
+    calls = []
+    rand_like, rand = torch.rand_like, torch.rand
+    monkeypatch.setattr(renderer, "CHUNK_POINTS", 64)
+    monkeypatch.setattr(
+        torch, "rand_like", lambda x: calls.append(("rand_like", tuple(x.shape))) or rand_like(x)
+    )
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **kw: calls.append(("rand", size)) or rand(*size, **kw)
+    )
+    with torch.no_grad():
+        render(*scene(), AXES, options(depth_resolution_importance=5))
+    assert calls[-2:] == [("rand_like", (2, 36, 6, 1)), ("rand", (72, 5))]
+    assert [name for name, _ in calls].count("rand_like") == 1
+
+
+def test_depth_lies_within_the_samples_and_opacity_within_one():
+    _, depth, acc = render(*scene(), AXES, options())
+    assert depth.min() >= 2.25 and depth.max() <= 3.3 + 1.05 / 5
+    assert acc.min() >= 0 and acc.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ray_start": "auto"}, "both 'auto', got 'auto' and 3.3"),
+        ({"ray_start": 4.0}, "got 4.0 and 3.3"),
+        ({"ray_end": "far"}, "got 2.25 and 'far'"),
+        ({"ray_start": "auto", "ray_end": "auto", "disparity_space_sampling": True}, "disparity"),
+        ({"ray_start": 0, "disparity_space_sampling": True}, "ray_start > 0, got 0"),
+        ({"box_warp": 0}, "box_warp must be positive, got 0"),
+        ({"depth_resolution": 3}, "depth_resolution must be >= 4 .* got 3, 6"),
+        ({"depth_resolution_importance": -1}, "got 6, -1"),
+        ({"clamp_mode": "relu"}, "clamp_mode must be 'softplus', got 'relu'"),
+        ({"density_noise": 0.5}, "density_noise must be 0, got 0.5"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        options(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_options_are_named():
+    kwargs = {k: v for k, v in RENDERING_KWARGS.items() if k not in ("box_warp", "ray_end")}
+    with pytest.raises(ValueError, match="lacks ray_end, box_warp"):
+        RayOptions.from_kwargs(kwargs)
