@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.cameras import CameraSetup
-from puppets.heads import DOMAINS, ODD_HAIR, SOURCE, TARGETS, Z_DIM, caption, render
+from puppets.domains import DOMAINS, ODD_HAIR, SOURCE, TARGETS
+from puppets.heads import Z_DIM, caption, render
 
 ROOT = Path(".pretrain")  # Ignored by git.
 SHARD = 128

@@ -212,7 +212,7 @@ def train_generator(cfg: Config) -> None:
 
     minutes = fit("generator-points", groups, points, cfg, steps=3500, lr=5e-3)
 
-    data = source_pictures(6000, seed=11)
+    data = source_pictures(4000, seed=11)
 
     def pictures(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(data["z"]), (4,)).numpy()

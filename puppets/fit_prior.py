@@ -30,7 +30,7 @@ from models import features
 from models.diffusion import DiffusionPrior, depth_condition
 from models.renderer import pixel_rays
 from puppets.data import CAMERAS, DOMAIN_NAMES, ROOT, load, to_bytes, to_images
-from puppets.heads import DOMAINS
+from puppets.domains import DOMAINS
 from puppets.pretrain import OUT, Config, fit, report
 
 DIFFUSION = OUT / "diffusion"

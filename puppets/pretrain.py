@@ -1,9 +1,10 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
-`python -m puppets.data` first, then, in this order (the UNet needs CLIP and VAE, all others stand
-alone but for the IP-Adapter, which needs the UNet): `python -m puppets.pretrain clip | vae | unet | ip-adapter | dino | oracle | generator`.
-Optimiser state goes to `.pretrain/PART.pt` every three minutes; the finished part is written in the
-formats of real checkpoints to `checkpoints/puppets`, and its validation figures to its REPORT.md.
+First `python -m puppets.data`, then `python -m puppets.pretrain PART` with PART one of clip, vae,
+unet, ip-adapter, dino, oracle, generator. The UNet needs CLIP and VAE, the IP-Adapter the UNet; all
+others stand alone. Optimiser state goes to `.pretrain/PART.pt` every three minutes; the finished
+part is written in the formats of real checkpoints to `checkpoints/puppets`, and its validation
+figures to REPORT.md there.
 """
 
 from __future__ import annotations

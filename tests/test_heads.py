@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from models.cameras import CameraSetup
 from models.renderer import pixel_rays
-from puppets import heads
+from puppets import domains, heads
 
 
 def latents(count: int, seed: int = 5) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_only_the_direction_of_a_latent_counts():
     torch.testing.assert_close(once, thrice, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("domain", heads.DOMAINS)
+@pytest.mark.parametrize("domain", domains.DOMAINS)
 def test_pictures_are_in_range_and_white_outside_the_mask(domain):
     rgb, depth, mask = heads.render(latents(2), views(2), domain, size=48)
     assert rgb.shape == (2, 3, 48, 48) and depth.shape == mask.shape == (2, 1, 48, 48)
@@ -82,10 +82,10 @@ def test_captions_name_the_domain_and_an_odd_hair_colour():
     texts = [heads.caption(z, "person", rng, hair="green") for _ in range(20)]
     assert all("green hair" in text for text in texts)
     assert {heads.caption(z, "bronze", rng).split(" with")[0] for _ in range(50)} == set(
-        heads.DOMAINS["bronze"].phrases
+        domains.DOMAINS["bronze"].phrases
     )
 
 
 def test_enough_domains_and_some_held_out():
-    assert len(heads.TARGETS) >= 10 and heads.SOURCE not in heads.TARGETS
-    assert set(heads.HELD_OUT) < set(heads.TARGETS) and len(heads.HELD_OUT) >= 3
+    assert len(domains.TARGETS) >= 10 and domains.SOURCE not in domains.TARGETS
+    assert set(domains.HELD_OUT) < set(domains.TARGETS) and len(domains.HELD_OUT) >= 3
