@@ -75,7 +75,7 @@ def readme_commands():
     readme = REPOSITORY / "README.md"
     text = readme.read_text() if readme.exists() else ""
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = re.split(r"\n|&&", "\n".join(blocks).replace("\\\n", " "))
     commands = [shlex.split(line, comments=True) for line in lines]
     names = {f"{script.__name__}.py" for script in SCRIPTS}
     return [c[1:] for c in commands if c[:1] == ["python"] and c[1:2] and c[1] in names]
