@@ -404,4 +404,4 @@ def _evaluate(
 
 def _composite(colour: Tensor, weights: Tensor) -> Tensor:
     """Sum colours [B, C', S, M] over each ray with weights [B, M, S] to [B, C', M]."""
-    return (colour * weights.mT.unsqueeze(1)).sum(dim=2)
+    return (colour * weights.mT.contiguous().unsqueeze(1)).sum(dim=2)

@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     CLIPModel,
     CLIPTextModel,
@@ -36,6 +37,7 @@ from puppets.pretrain import OUT, Config, fit, report
 DIFFUSION = OUT / "diffusion"
 LENGTH = 32  # Tokens a prompt can have.
 WIDTH = 128  # Of text and picture embeddings.
+EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 
 
 # CLIP.
@@ -86,7 +88,8 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = common | {"image_size": 128, "patch_size": 16, "num_hidden_layers": 4}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    return CLIPModel._from_config(config, attn_implementation=EAGER)
 
 
 def train_clip(cfg: Config) -> None:
@@ -299,12 +302,18 @@ def write_model_index() -> None:
 
 @torch.no_grad()
 def prepare_latents(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
-    """Encode pictures, [N, H, W, 3] uint8 -> [N, 4, h, w] scaled."""
+    """Encode pictures, [N, H, W, 3] uint8 -> [N, 4, h, w] scaled; kept for the same VAE."""
+    path = ROOT / "latents.pt"
+    key = [len(pixels), sum(p.double().abs().sum().item() for p in vae.parameters())]
+    if path.exists() and (kept := torch.load(path, weights_only=True))["key"] == key:
+        return kept["latents"]
     parts = [
         vae.encode(to_images(pixels[i : i + 32])).latent_dist.mode()
-        for i in range(0, len(pixels), 32)
+        for i in tqdm(range(0, len(pixels), 32), desc="latents")
     ]
-    return torch.cat(parts) * vae.config.scaling_factor
+    latents = torch.cat(parts) * vae.config.scaling_factor
+    torch.save({"key": key, "latents": latents}, path)
+    return latents
 
 
 def rough_depth(depth: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -357,9 +366,7 @@ def train_unet(cfg: Config) -> None:
     )
     for network in (unet, controlnet):
         network.to(cfg.device)
-        network.set_attn_processor(
-            AttnProcessor()
-        )  # CPUs' fused attention is slow backwards in bf16.
+        network.set_attn_processor(AttnProcessor())
     abar = scheduler().alphas_cumprod.to(cfg.device)
     params = [*unet.parameters(), *controlnet.parameters()]
 
@@ -512,7 +519,7 @@ def train_ip_adapter(cfg: Config) -> None:
     for p in live:
         p.requires_grad_(True)
 
-    data = load(keys=("rgb", "view", "caption", "depth", "mask"))
+    data = load(limit=40, keys=("rgb", "view", "caption", "depth", "mask"))
     latents = prepare_latents(prior.vae, data.pop("rgb"))
     with torch.no_grad():
         embeds = torch.cat(
@@ -598,7 +605,7 @@ def build_vit() -> Dinov2Model:
     """Return DINOv2's architecture, small: 8 px patches, a 16 x 16 grid of 96-wide tokens."""
     from transformers import Dinov2Config
 
-    return Dinov2Model(
+    return Dinov2Model._from_config(
         Dinov2Config(
             image_size=128,
             patch_size=8,
@@ -606,7 +613,8 @@ def build_vit() -> Dinov2Model:
             num_hidden_layers=4,
             num_attention_heads=4,
             mlp_ratio=3,
-        )
+        ),
+        attn_implementation=EAGER,
     )
 
 
@@ -658,7 +666,7 @@ def train_dino(cfg: Config) -> None:
         [*vit.parameters(), *head.parameters()],
         terms,
         cfg,
-        steps=3000,
+        steps=1000,
         lr=1e-3,
         weight_decay=0.02,
     )

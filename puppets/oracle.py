@@ -91,7 +91,7 @@ def train_oracle(cfg: Config) -> None:
         }
 
     minutes = fit(
-        "oracle", oracle.parameters(), terms, cfg, steps=4000, lr=1.5e-3, weight_decay=0.05
+        "oracle", oracle.parameters(), terms, cfg, steps=1200, lr=1.5e-3, weight_decay=0.05
     )
     save_file({k: v.half().contiguous() for k, v in oracle.cpu().state_dict().items()}, ORACLE)
 
