@@ -156,8 +156,10 @@ def modulated_conv2d(
 
     if len(x) * weight.numel() < x.numel():
         weights = weight * styles[:, None, :, None, None] * demodulation[:, :, None, None, None]
-        images = zip(x.split(1), weights.to(x.dtype).unbind(), strict=True)
-        return torch.cat([convolve(image, w, bias.to(x.dtype), fir) for image, w in images])
+        images = x.split(1) if len(x) > 1 else [x]  # Saves one image a copy, here and below.
+        pairs = zip(images, weights.to(x.dtype), strict=True)
+        parts = [convolve(image, w, bias.to(x.dtype), fir) for image, w in pairs]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
     y = convolve(x * styles[:, :, None, None].to(x.dtype), weight.to(x.dtype), None, fir)
     return y * demodulation[:, :, None, None].to(y.dtype) + bias.to(y.dtype)[:, None, None]
 
