@@ -17,8 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.cameras import CameraSetup
+from models.checkpoint import atomic_write
 from puppets.domains import DOMAINS, ODD_HAIR, SOURCE, TARGETS
 from puppets.heads import Z_DIM, caption, render
+from render import to_uint8
 
 ROOT = Path(".pretrain")  # Ignored by git.
 SHARD = 128
@@ -62,8 +64,8 @@ def draw_shard(index: int) -> dict[str, np.ndarray]:
         view, _, _ = render(z[i : i + 1], c2[i : i + 1], domain, hair=odd)
         rows.append(
             {
-                "rgb": to_bytes(rgb)[0],
-                "view": to_bytes(view)[0],
+                "rgb": to_uint8(rgb)[0],
+                "view": to_uint8(view)[0],
                 "depth": depth[0, 0].half().numpy(),
                 "mask": (mask[0, 0] * 255).byte().numpy(),
                 "domain": np.int64(DOMAIN_NAMES.index(domain)),
@@ -72,11 +74,6 @@ def draw_shard(index: int) -> dict[str, np.ndarray]:
         )
     shard = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return shard | {"z": z.numpy(), "c": c.numpy(), "c2": c2.numpy()}
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8 (EG3D's rounding)."""
-    return (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
@@ -109,9 +106,8 @@ def main(cfg: Config) -> None:
     for index in tqdm(wanted[cfg.worker :: cfg.workers]):
         path = folder / f"{index:05d}.npz"
         if not path.exists():
-            with open(path.with_suffix(".part"), "wb") as file:
-                np.savez(file, **draw_shard(index))
-            path.with_suffix(".part").rename(path)
+            shard = draw_shard(index)
+            atomic_write(path, lambda file, shard=shard: np.savez(file, **shard))
     words = sorted({w for s in load(keys=("caption",))["caption"] for w in str(s).split()})
     domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
     (ROOT / "vocabulary.json").write_text(

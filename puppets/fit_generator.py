@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.checkpoint import save_generator
+from models.checkpoint import atomic_write, load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from puppets import heads
-from puppets.data import CAMERAS, ROOT, to_bytes, to_images
-from puppets.pretrain import OUT, Config, fit, report
+from puppets.data import CAMERAS, ROOT, to_images
+from puppets.pretrain import OUT, Config, fit, report, save_sheet
+from render import to_uint8
 
 NEAR, FAR = 2.30, 2.85  # Where a camera's rays can meet a head.
 
@@ -72,11 +73,6 @@ def build_generator() -> TriPlaneGenerator:
     return G
 
 
-def random_labels(count: int) -> Tensor:
-    """Cameras of the embedded world, [count, 25]."""
-    return CAMERAS.label(*(2 * torch.rand(2, count) - 1) * torch.tensor([[0.6], [0.3]]))
-
-
 def aim(head: heads.Heads, c: Tensor, rays: int) -> tuple[Tensor, Tensor]:
     """Rays from the cameras, half anywhere in the picture, half towards eyes, nose and mouth.
 
@@ -86,28 +82,23 @@ def aim(head: heads.Heads, c: Tensor, rays: int) -> tuple[Tensor, Tensor]:
     b, half = len(c), rays // 2
     f = head.face
     pose, focal = c[:, :16].view(-1, 4, 4), c[:, 16]
-    uv = (torch.rand(b, half, 2) - 0.5) / focal.view(-1, 1, 1)
-    anywhere = torch.cat([uv, torch.ones(b, half, 1)], -1) @ pose[:, :3, :3].mT
-    side = torch.randint(0, 2, (b, half)) * 2.0 - 1
-    kind = torch.randint(0, 5, (b, half))
-    x = torch.where(
-        kind < 3,
-        side * f["eye_x"],
-        torch.where(kind == 3, side * f["mouth_w"] * torch.rand(b, half), 0.0),
-    )
-    y = torch.where(
-        kind < 3,
-        f["eye_y"] + (kind == 2) * (f["eye_r"] + 0.016),
-        torch.where(kind == 3, f["mouth_y"], -0.03),
-    )
-    spot = torch.stack([x, y, torch.full_like(x, heads.HEAD_Z + 0.14)], -1) + 0.022 * torch.randn(
-        b, half, 3
-    )
+    device = c.device
+    uv = (torch.rand(b, half, 2, device=device) - 0.5) / focal.view(-1, 1, 1)
+    anywhere = F.pad(uv, (0, 1), value=1.0) @ pose[:, :3, :3].mT
+    side = torch.randint(0, 2, (b, half), device=device) * 2.0 - 1
+    kind = torch.randint(0, 5, (b, half), device=device)  # Eyes, eyes, brows, mouth, nose.
+    along = side * f["mouth_w"] * torch.rand(b, half, device=device)
+    x = torch.where(kind < 3, side * f["eye_x"], torch.where(kind == 3, along, 0.0))
+    brow = (kind == 2) * (f["eye_r"] + 0.016)
+    y = torch.where(kind < 3, f["eye_y"] + brow, torch.where(kind == 3, f["mouth_y"], -0.03))
+    spot = torch.stack([x, y, torch.full_like(x, heads.HEAD_Z + 0.14)], -1)
+    spot = spot + 0.022 * torch.randn_like(spot)
     origin = pose[:, None, :3, 3].expand(b, rays, 3)
     direction = torch.cat([anywhere, spot - origin[:, :half]], 1)
     return origin, F.normalize(direction, dim=-1)
 
 
+@torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)  # bfloat16 would round the truth itself to centimetres.
 def point_terms(
     G: TriPlaneGenerator, planes: Tensor, ws: Tensor, z: Tensor, rays: int
@@ -116,7 +107,7 @@ def point_terms(
     planes = planes.float()
     with torch.no_grad():
         head = heads.build(z)
-        origin, direction = aim(head, random_labels(len(z)), rays)
+        origin, direction = aim(head, CAMERAS.sample(len(z)).to(z.device), rays)
         t, index = heads.trace(head, origin, direction)
         hit = t.isfinite()
         t = torch.where(hit, t, NEAR + (FAR - NEAR) * torch.rand_like(t))
@@ -146,19 +137,19 @@ def source_pictures(count: int, seed: int) -> dict[str, np.ndarray]:
     path = ROOT / f"source-{seed}-{count}.npz"
     if not path.exists():
         torch.manual_seed(seed)
-        z, c = torch.randn(count, heads.Z_DIM), random_labels(count)
+        z, c = torch.randn(count, heads.Z_DIM), CAMERAS.sample(count)
         parts = [
             heads.render(z[i : i + 1], c[i : i + 1])
             for i in tqdm(range(count), desc="source heads")
         ]
         rgb, depth, mask = (torch.cat(x) for x in zip(*parts, strict=True))
         arrays = {
-            "rgb": to_bytes(rgb),
+            "rgb": to_uint8(rgb),
             "depth": depth[:, 0].half().numpy(),
             "mask": (mask[:, 0] * 255).byte().numpy(),
         }
-        with open(path, "wb") as file:
-            np.savez(file, z=z.numpy(), c=c.numpy(), **arrays)
+        arrays |= {"z": z.numpy(), "c": c.numpy()}
+        atomic_write(path, lambda file: np.savez(file, **arrays))
     return dict(np.load(path))
 
 
@@ -170,8 +161,7 @@ def picture_terms(
     raw_target = F.avg_pool2d(batch["rgb"], 2)
     mask = F.avg_pool2d(batch["mask"], 2)
     depth = F.avg_pool2d(batch["depth"] * batch["mask"], 2) / mask.clamp(min=1e-3)
-    weight = 0.35 + mask  # The background is easy and wide.
-    fine = 0.35 + batch["mask"]
+    weight, fine = 0.8 + 0.4 * mask, 0.8 + 0.4 * batch["mask"]
     error = out["image"].float() - batch["rgb"]
     raw_error = out["image_raw"].float() - raw_target
     solid = (mask > 0.95).float()
@@ -183,11 +173,11 @@ def picture_terms(
         "depth": 2.0
         * (solid * (out["image_depth"].float() - depth).abs()).sum()
         / solid.sum().clamp(min=1),
-        "acc": 0.3 * (out["acc"].float() - mask).square().mean(),
+        "acc": 1.5 * (out["acc"].float() - mask).square().mean(),
     }
 
 
-def train_generator(cfg: Config) -> None:
+def train(cfg: Config) -> None:
     """Train points, then pictures and points together; write the generator and its figures."""
     torch.manual_seed(0)
     G = build_generator().to(cfg.device).train().requires_grad_(True)
@@ -201,13 +191,13 @@ def train_generator(cfg: Config) -> None:
     }
     upper = [p for n, p in named if "superresolution" in n]
 
-    def latents(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        z = torch.randn(count, heads.Z_DIM)
-        ws = G.mapping(z, CAMERAS.frontal(count))
-        return z, ws, G.planes(ws, noise_mode="none")
+    def styles(z: Tensor) -> tuple[Tensor, Tensor]:
+        ws = G.mapping(z, CAMERAS.frontal(len(z)).to(z.device))
+        return ws, G.planes(ws, noise_mode="none")
 
     def points(step: int) -> dict[str, Tensor]:
-        z, ws, planes = latents(8)
+        z = torch.randn(8, heads.Z_DIM).to(cfg.device)
+        ws, planes = styles(z)
         return point_terms(G, planes, ws, z, rays=768)
 
     minutes = fit("generator-points", groups, points, cfg, steps=3500, lr=5e-3)
@@ -216,28 +206,25 @@ def train_generator(cfg: Config) -> None:
 
     def pictures(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(data["z"]), (4,)).numpy()
-        z = torch.from_numpy(data["z"][rows])
         batch = {
+            "z": torch.from_numpy(data["z"][rows]),
             "c": torch.from_numpy(data["c"][rows]),
             "rgb": to_images(data["rgb"][rows]),
             "depth": torch.from_numpy(data["depth"][rows, None]).float(),
             "mask": torch.from_numpy(data["mask"][rows, None]).float() / 255,
         }
-        ws = G.mapping(z, CAMERAS.frontal(4))
-        planes = G.planes(ws, noise_mode="none")
+        batch = {k: v.to(cfg.device) for k, v in batch.items()}
+        ws, planes = styles(batch["z"])
         terms = picture_terms(G, planes, ws, batch)
-        near = point_terms(G, planes, ws, z, rays=384)
+        near = point_terms(G, planes, ws, batch["z"], rays=384)
         return terms | {f"points_{k}": 0.3 * v for k, v in near.items()}
 
     groups[1.0] = groups[1.0] + upper
     minutes += fit("generator", groups, pictures, cfg, steps=4000, lr=3e-3)
-    G = G.eval()
+    G = G.cpu().eval()
     with torch.no_grad():  # w_avg, which truncation pulls towards.
-        G.backbone.mapping.w_avg.copy_(
-            G.mapping(torch.randn(10_000, heads.Z_DIM), CAMERAS.frontal(1).expand(10_000, 25))[
-                :, 0
-            ].mean(0)
-        )
+        ws = G.mapping(torch.randn(10_000, heads.Z_DIM), CAMERAS.frontal(10_000))
+        G.backbone.mapping.w_avg.copy_(ws[:, 0].mean(0))
     save_generator(G, OUT / "generator.safetensors", dtype=torch.float16)
     report_generator(cfg, minutes)
 
@@ -245,8 +232,6 @@ def train_generator(cfg: Config) -> None:
 @torch.no_grad()
 def report_generator(cfg: Config, minutes: float) -> None:
     """Compare held-out heads with their true pictures."""
-    from models.checkpoint import load_generator
-    from puppets.fit_prior import save_sheet
 
     G = load_generator(OUT / "generator.safetensors")
     held_out = source_pictures(192, seed=999)

@@ -370,7 +370,7 @@ def shade(heads: Heads, point: Tensor, index: Tensor) -> Tensor:
         skin = paint(skin, index == tip, rgb(spec.nose))
     # Skin darkens below the hairline and below the chin.
     near_hair = torch.sigmoid(-_hair_cut(heads, point) / 0.006 - 2.5)
-    skin = skin * torch.lerp(torch.tensor(0.80), torch.tensor(1.0), near_hair).unsqueeze(-1)
+    skin = skin * (0.80 + 0.20 * near_hair).unsqueeze(-1)
     skin = skin * torch.where(
         kind == NECK, 0.62 + 0.30 * torch.sigmoid((-0.20 - y) / 0.02), 1.0
     ).unsqueeze(-1)
@@ -440,7 +440,8 @@ def _light(base: Tensor, normal: Tensor, kind: Tensor, point: Tensor, spec: Doma
     shine = gloss * (normal @ half).clamp(min=0) ** spec.shininess
     color = base * light.unsqueeze(-1) + shine.unsqueeze(-1) * (0.35 + 0.65 * base)
     if spec.texture == "bronze":  # A dark patina in the hollows, a second warm reflection.
-        rim = (normal @ F.normalize(torch.tensor((0.7, -0.3, 0.5)), dim=0)).clamp(min=0) ** 6
+        below = F.normalize(torch.tensor((0.7, -0.3, 0.5), device=base.device), dim=0)
+        rim = (normal @ below).clamp(min=0) ** 6
         color = color + 0.20 * rim.unsqueeze(-1) * base
     return color.clamp(0, 1)
 

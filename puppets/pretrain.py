@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,13 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.checkpoint import atomic_write
 from puppets.data import ROOT
+from render import image_grid, save_image
 
 OUT = Path("checkpoints/puppets")
+DIFFUSION = OUT / "diffusion"
+EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 SAVE_SECONDS = 180
 Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator"]
 
@@ -111,8 +116,7 @@ def fit(
             "step": step,
             "minutes": spent + (time.time() - begun) / 60,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
+        atomic_write(path, lambda file: torch.save(state, file))
 
     step = start
     bar = tqdm(range(start, 0 if cfg.export_only else steps), initial=start, total=steps, desc=name)
@@ -142,7 +146,7 @@ def fit(
             saved_at = time.time()
         if (time.time() - begun) / 60 + spent > cfg.minutes:
             break
-    if not cfg.export_only:
+    if not cfg.export_only and start < steps:
         save(step + 1)
     average.copy_to_params()
     return spent + (time.time() - begun) / 60
@@ -156,7 +160,7 @@ def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | st
     sections = {s.split("\n", 1)[0]: s for s in text.split("\n## ")}
     lines = [
         f"{part}\n",
-        f"`python -m puppets.pretrain {part}`, {minutes:.0f} minutes on {cfg.device}",
+        f"`python -m puppets.pretrain {part}`, seed 0, {minutes:.0f} minutes on {cfg.device}",
         "",
     ]
     lines += ["| figure | value |", "|---|---|"]
@@ -168,18 +172,25 @@ def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | st
     print(sections[part])
 
 
+def percent(right: Tensor) -> str:
+    """Return the mean of zeros and ones as a percentage."""
+    return f"{100 * right.float().mean():.1f} %"
+
+
+def save_sheet(name: str, rows: list[Tensor]) -> None:
+    """Write a contact sheet: rows of pictures [N, 3, H, W] below each other."""
+    (OUT / "sheets").mkdir(parents=True, exist_ok=True)
+    save_image(image_grid(rows, columns=len(rows[0])), OUT / "sheets" / f"{name}.png")
+
+
 def main(cfg: Config) -> None:
     """Train one part and write it."""
     torch.set_num_threads(cfg.threads)
     ROOT.mkdir(exist_ok=True)
-    if cfg.part == "generator":
-        from puppets.fit_generator import train_generator as train
-    elif cfg.part == "oracle":
+    if cfg.part == "oracle":
         from puppets.oracle import train_oracle as train
     else:
-        from puppets import fit_prior
-
-        train = getattr(fit_prior, f"train_{cfg.part.replace('-', '_')}")
+        train = import_module(f"puppets.fit_{cfg.part.replace('-', '_')}").train
     train(cfg)
 
 
