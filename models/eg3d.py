@@ -202,9 +202,16 @@ class TriPlaneGenerator(nn.Module):
             foreground `mask` [B, 1, n, n]: acc, faded out beyond
             rendering_kwargs["foreground_depth"] if that is given. EG3D's 2X and 4X models add a
             super-resolution term to their image_raw by mistake; here it is the clean one.
+
+        Raises:
+            ValueError: `c` does not hold cameras for each of ws.
         """
         n = neural_rendering_resolution or self.neural_rendering_resolution
         views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
+        if views.ndim != 3 or len(views) != len(ws):
+            raise ValueError(
+                f"c must be [B, 25] or [B, K, 25] with B = {len(ws)} as ws, got {list(c.shape)}"
+            )
         if planes is None:
             planes = self.planes(ws, noise_mode, force_fp32)
         origins, directions = (

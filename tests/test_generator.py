@@ -90,6 +90,12 @@ def test_several_cameras_equal_separate_calls(G):
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_cameras_must_match_the_codes(G):
+    ws, c = inputs(G)
+    with pytest.raises(ValueError, match=r"with B = 1 as ws, got \[2, 25\]"):
+        G.synthesis(ws[:1], c)
+
+
 def test_several_cameras_run_the_backbone_once(G, monkeypatch):
     ws, _ = inputs(G, 2)
     batches = []
