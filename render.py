@@ -4,11 +4,13 @@
     python render.py --ckpt generator.safetensors --seeds 0,4-6 --trunc 0.7 --depth
 
 Writes seed0000.png, ... (three views side by side), with --depth also seed0000_depth.png (near is
-bright), and for a run grid.png: the source generator's pictures, below each the adapted one.
+bright), and for a run grid.png: the source generator's pictures, below each the adapted one
+(left out, with a warning, where the source generator is gone).
 Seeds are EG3D's, so they show the same heads as in NVIDIA's scripts.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -78,7 +80,8 @@ def load_run(
         ckpt: Run folder, or a generator file, which has no source and no settings.
 
     Returns:
-        The adapted generator, the source generator (None for a file), the run's settings.
+        The adapted generator; the source generator, None for a file, and with a warning where it
+        is gone; the run's settings.
 
     Raises:
         ValueError: see `load_generator`; or config.json cannot be read.
@@ -87,7 +90,11 @@ def load_run(
     if not Path(ckpt).is_dir():
         return G, None, {}
     settings = read_settings(Path(ckpt))
-    return G, load_generator(locate(settings["generator"]), device), settings
+    try:
+        return G, load_generator(locate(settings["generator"]), device), settings
+    except ValueError as error:
+        print(f"warning: no source generator for {ckpt} ({error})", file=sys.stderr)
+        return G, None, settings
 
 
 def seed_to_z(seed: int, z_dim: int) -> Tensor:

@@ -6,6 +6,7 @@ grid-<step>.png, reference.png (if a picture was given), and what models/checkpo
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +16,26 @@ from pathlib import Path
 import torch
 import tyro
 
-from models.checkpoint import atomic_write, remove_leftovers
+from models.checkpoint import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent
+RUN_FILES = (
+    "config.json",
+    "log.jsonl",
+    "reference.png",
+    "grid-*.png",
+    "ckpt-*.pt",
+    "generator.safetensors",
+)
+# Settings that scripts read back from config.json, and the types they may have.
+TEXT, MAYBE_TEXT = (str,), (str, type(None))
+SETTINGS_READ = {
+    "prompt": MAYBE_TEXT,
+    "image": MAYBE_TEXT,
+    "method": TEXT,
+    "generator": TEXT,
+    "clip": TEXT,
+}
 
 
 def run_cli(config: type, main: Callable, description: str) -> None:
@@ -32,6 +50,15 @@ def run_cli(config: type, main: Callable, description: str) -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def options_settled() -> Iterator[None]:
+    """Mark the part of a script where a ValueError is no option's fault: it keeps its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError("a bug, since every option had been checked") from error
 
 
 @contextmanager
@@ -59,9 +86,11 @@ def pick_device(name: str | None) -> torch.device:
         ValueError: there is no such device here.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):  # torch knows more, such as meta.
+        raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {name}")
     try:
         return torch.empty(0, device=name).device
-    # For an unknown name torch raises RuntimeError, without CUDA also AssertionError.
+    # Without such a device torch raises RuntimeError, without CUDA also AssertionError.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from error
@@ -74,7 +103,7 @@ def portable(source: str) -> str:
     to another machine; other files get their absolute path; hub ids stay.
     """
     path = Path(source).resolve()
-    if not path.exists():
+    if not os.path.exists(path):  # False for names too long for the system; Path raises.
         return source
     return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
 
@@ -82,7 +111,7 @@ def portable(source: str) -> str:
 def locate(source: str) -> str:
     """Return the path, or hub id, that `portable` named."""
     path = REPOSITORY / source
-    return str(path) if path.exists() else source
+    return str(path) if os.path.exists(path) else source
 
 
 def check_folder(folder: Path) -> None:
@@ -115,7 +144,7 @@ def make_folder(folder: Path) -> None:
 
 
 def read_settings(folder: Path) -> dict:
-    """Return a run's config.json.
+    """Return a run's config.json, with at least the settings of `SETTINGS_READ`.
 
     Raises:
         ValueError: it cannot be read, or is another program's.
@@ -125,8 +154,11 @@ def read_settings(folder: Path) -> dict:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("generator"), str):
+    if not isinstance(settings, dict):
         raise ValueError(f"{path} was not written by train.py")
+    for name, types in SETTINGS_READ.items():
+        if not isinstance(settings.get(name, ...), types):
+            raise ValueError(f"{path} was not written by train.py: no usable {name!r} in it")
     return settings
 
 
@@ -163,6 +195,13 @@ def claim_run(folder: Path, settings: dict, free: set[str]) -> None:
     remove_leftovers(folder)
     text = json.dumps(settings, indent=2) + "\n"
     atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a kill in the middle of an `atomic_write` left of a run's files."""
+    for name in RUN_FILES:
+        for temporary in folder.glob(f".{name}.tmp"):
+            temporary.unlink()
 
 
 def trim_log(folder: Path, step: int) -> None:

@@ -6,7 +6,7 @@
 The method is GCA-3D (arXiv:2412.15491). Writes a run folder: config.json, log.jsonl (a row per
 step), grid-<step>.png (source heads above adapted ones), ckpt-<step>.pt (for a resume) and
 generator.safetensors (the result, for render.py). The same command resumes a run that was stopped.
-Options that are None here are set by the presets of --base and --method.
+Options that are None here are set by the presets of --base and --method, which --help lists.
 """
 
 import copy
@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from losses import coarse_to_fine, hsc_loss, sds_loss
+from losses import coarse_to_fine, dsds_loss, hsc_loss, sds_loss
 from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
@@ -40,6 +40,7 @@ from runs import (
     check_run,
     claim_run,
     locate,
+    options_settled,
     pick_device,
     portable,
     run_cli,
@@ -85,12 +86,9 @@ BASES = {
 }
 TUNED: dict[tuple[str, str], dict] = {}  # (base, method): what suits neither row alone.
 
-# Names of the parameters that learn. Biases, const and noise strengths stay: they would let every
-# head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them too).
-LEARNS = {
-    "gca3d": r"(backbone\.synthesis|superresolution)\..*\.weight",
-    "sds": r"(backbone\.synthesis|superresolution)\..*\.weight",
-}
+# Names of the parameters that learn, per method. Biases, const and noise strengths stay: they would
+# let every head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them too).
+LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.weight")
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {"out", "image", "device", "save_every", "grid_every"}
@@ -112,7 +110,9 @@ class Config:
     image: Path | None = None  # Target domain as one picture; with a prompt, both count.
     out: Path | None = None  # Run folder; None: runs/ and the prompt's words.
 
-    base: Literal["puppets", "ffhq", "afhq"] = "puppets"  # World of the generator: its presets.
+    base: Literal["puppets", "ffhq", "afhq"] = "puppets"
+    """World of the generator: its presets. Only puppets comes with a generator; for the others give
+    a .safetensors, since EG3D's .pkl cannot be read yet."""
     method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
     generator: str | None = None  # Generator to adapt: .safetensors file or run folder.
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
@@ -140,7 +140,7 @@ class Config:
 
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
-    device: str | None = None  # Such as cpu or cuda; None: cuda where there is one.
+    device: str | None = None  # One of cpu, cuda, cuda:1, mps; None: cuda where there is one.
 
 
 @dataclass(frozen=True)
@@ -179,12 +179,15 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
     prior = load_prior(cfg, device)
-    vit = TokenFeatures.from_pretrained(locate(cfg.features), device) if cfg.hsc_weight else None
+    vit = load_vit(cfg, device) if cfg.hsc_weight else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
     reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
     condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
     target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
     terms = objective(cfg, prior, condition, vit)
+
+    # Heads to look at, the same in every grid.
+    source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
 
     # The run folder; nothing is written before this line.
     claim_run(cfg.out, settings | {"generator_weights": fingerprint(G_src)}, FREE_TO_CHANGE)
@@ -197,15 +200,13 @@ def main(cfg: Config) -> None:
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     start = restore(state, weights, averages, optimizer) if state else 0
+    del state  # Four times the size of what learns.
     trim_log(cfg.out, start)
-
-    # Heads to look at, the same in every grid.
-    source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
     if start == 0:
         save_grid(cfg, 0, source_row, G_ema)
 
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, unit="step")
-    with open(cfg.out / "log.jsonl", "a") as log, stop_requests() as stop:
+    with open(cfg.out / "log.jsonl", "a") as log, stop_requests() as stop, options_settled():
         for step in bar:
             began = time.perf_counter()
 
@@ -264,7 +265,11 @@ def main(cfg: Config) -> None:
 
 
 def resolve(cfg: Config) -> Config:
-    """Fill in what the user left open: user > (base, method) > base > method."""
+    """Fill in what the user left open: user > (base, method) > base > method.
+
+    A blank prompt counts as none.
+    """
+    cfg = replace(cfg, prompt=cfg.prompt if cfg.prompt and cfg.prompt.strip() else None)
     given = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"generator", "diffusion", "features", "clip"} & given.keys():
@@ -280,18 +285,34 @@ def resolve(cfg: Config) -> Config:
     return replace(cfg, **(computed | METHODS[cfg.method] | BASES[cfg.base] | tuned | given))
 
 
+def describe_presets() -> str:
+    """Return what --base and --method set, one line each, for --help."""
+    presets = {"base": BASES, "method": METHODS}
+    lines = [
+        f"--{kind} {name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
+        for kind, rows in presets.items()
+        for name, preset in rows.items()
+    ]
+    return "\n".join(lines)
+
+
 def check_options(cfg: Config) -> None:
     """Refuse options that no run can have, and a folder that cannot be written.
 
     Raises:
         ValueError: naming the flag, the rule and the value.
     """
-    if not (cfg.prompt or "").strip() and cfg.image is None:
+    if cfg.prompt is None and cfg.image is None:
         raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
     if cfg.generator is None:
-        raise ValueError(f"--base {cfg.base} comes without a generator: give --generator FILE")
+        raise ValueError(
+            f"--base {cfg.base} comes without a generator: give --generator FILE, a .safetensors "
+            "(EG3D's .pkl cannot be read yet)"
+        )
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str | Path) and re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(value))}")
         if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{flag} must be a finite number, got {value}")
         if name in AT_LEAST and value < AT_LEAST[name]:
@@ -341,7 +362,10 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     prior = DiffusionPrior.from_pretrained(source, *adapters, dtype=dtype, device=device)
     if cfg.depth_scale and prior.controlnet is None:
-        raise ValueError(f"{source} has no ControlNet for depth: --depth-scale 0 goes without")
+        raise ValueError(
+            f"{source} has no ControlNet for depth: name one with --adapters, "
+            "or go without by --depth-scale 0"
+        )
     unknown = prior.unknown_words(cfg.prompt or "")
     if unknown:
         known = prior.vocabulary.get("domains", prior.vocabulary["words"])
@@ -353,23 +377,36 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
     return prior
 
 
+def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
+    """Load the ViT whose tokens HSC compares.
+
+    Raises:
+        ValueError: it cannot be loaded, or has fewer tokens than HSC's finest level.
+    """
+    vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
+    finest = max(cells or 1 for cells in HSC_GRIDS)
+    if vit.grid < finest:
+        raise ValueError(
+            f"--features {cfg.features} gives {vit.grid} x {vit.grid} tokens, "
+            f"and --hsc-weight needs at least {finest} x {finest}"
+        )
+    return vit
+
+
 def objective(
     cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
 ) -> dict[str, Term]:
     """Return L = L_DSDS + lambda L_HSC as terms, under the names they are logged by."""
+    # Without depth, mask or both, L_DSDS is plain SDS with what is left of them.
+    distillation = dsds_loss if cfg.depth_scale and cfg.mask else sds_loss
 
     def sds(images: Tensor, batch: Batch) -> Tensor:
         latents = prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
         depth, mask = batch.source["image_depth"], batch.source["mask"]  # [B, 1, n, n]
-        return sds_loss(
-            prior,
-            latents,
-            condition,
-            batch.t,
-            batch.noise,
-            cfg.guidance,
-            depth=depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None,
-            mask=mask if cfg.mask else None,
+        depth = depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None
+        mask = mask if cfg.mask else None
+        return distillation(
+            prior, latents, condition, batch.t, batch.noise, cfg.guidance, depth, mask
         )
 
     def hsc(images: Tensor, batch: Batch) -> Tensor:
@@ -515,4 +552,4 @@ def print_result(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    run_cli(Config, main, f"{__doc__}\n{describe_presets()}")

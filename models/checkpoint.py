@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,11 +41,14 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
         G = TriPlaneGenerator(**kwargs)
         G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
         G.plane_axes = torch.tensor(header["plane_axes"]).view(3, 3, 3)
+        if G.neural_rendering_resolution < 1:
+            raise ValueError(f"neural_rendering_resolution {G.neural_rendering_resolution}")
+        G.cameras.frontal()  # Fails for a set-up that no camera can have.
         G.load_state_dict(tensors)
     # A foreign header can upset the constructor in any way.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights fit no generator ({reason})") from error
+        raise ValueError(f"{path}: header and weights make no generator ({reason})") from error
     return G.float().eval().requires_grad_(False).to(device)
 
 
@@ -65,7 +67,6 @@ def save_generator(
         "rendering_kwargs": G.rendering_kwargs,
         "neural_rendering_resolution": G.neural_rendering_resolution,
         "plane_axes": G.plane_axes.tolist(),
-        "cameras": asdict(G.cameras),
     }
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
@@ -119,12 +120,6 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what a kill in the middle of `atomic_write` left behind."""
-    for temporary in Path(folder).glob(".*.tmp"):
-        temporary.unlink()
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     """Return a run's ckpt-<step>.pt, newest first."""
     steps = {p: re.fullmatch(r"ckpt-(\d+)\.pt", p.name) for p in folder.glob("ckpt-*.pt")}
@@ -135,7 +130,7 @@ def _find_generator(source: Path) -> Path:
     """Return the file that holds the weights of a file or run folder."""
     if source.suffix == ".pkl":
         raise ValueError(f"{source}: reading EG3D's pickles is not supported yet")
-    if not source.exists():
+    if not os.path.exists(source):  # False for names too long for the system; Path raises.
         raise ValueError(f"{source}: no such file or run folder (hub ids are not supported yet)")
     if not source.is_dir():
         return source

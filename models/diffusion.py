@@ -102,7 +102,8 @@ class DiffusionPrior:
 
         Args:
             source: Local diffusers folder or hub id. A local folder that holds `controlnet/` or
-                `ip_adapter/` beside its model_index.json supplies the default of that argument.
+                `ip_adapter/models/ip-adapter*` beside its model_index.json supplies the default
+                of that argument.
             controlnet: Local folder or hub id of a depth ControlNet; None: no depth.
             ip_adapter: Local folder or hub id in the layout of h94/IP-Adapter, or one weight file
                 in it (base or Plus, .safetensors or .bin); None: no reference pictures.
@@ -121,7 +122,7 @@ class DiffusionPrior:
                 raise ValueError(f"{source}: not a diffusers folder, it has no model_index.json")
             if controlnet is None and (folder / "controlnet").is_dir():
                 controlnet = folder / "controlnet"
-            if ip_adapter is None and (folder / "ip_adapter").is_dir():
+            if ip_adapter is None and _adapter_files(folder / "ip_adapter"):
                 ip_adapter = folder / "ip_adapter"
             vocabulary = _read_vocabulary(folder / "vocabulary.json")
 
@@ -428,13 +429,19 @@ def _load_ip_adapter(
     return encoder
 
 
+def _adapter_files(folder: Path) -> list[str]:
+    """Return the names of the weight files in a folder in the layout of h94/IP-Adapter."""
+    files = (folder / "models").glob("ip-adapter*.*")
+    return sorted(file.name for file in files if file.suffix in (".safetensors", ".bin"))
+
+
 def _find_ip_adapter(source: str | Path) -> tuple[str, str, str]:
     """Return (folder or hub id, subfolder, file name) of an IP-Adapter's weights."""
     path = Path(source)
     if path.is_file():
         return str(path.parent), "", path.name
     if path.is_dir():
-        names = sorted(p.name for p in (path / "models").glob("ip-adapter*.*"))
+        names = _adapter_files(path)
         if IP_ADAPTER_FILE in names:
             return str(path), "models", IP_ADAPTER_FILE
         if len(names) != 1:

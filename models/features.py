@@ -4,22 +4,31 @@ images [B, 3, H, W] in [-1, 1], of any size; D is a feature's width, g the side 
 Gradients flow to the images, never to the networks.
 """
 
+import json
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import (
     CLIPModel,
     CLIPTokenizer,
     Dinov2Model,
     Dinov2WithRegistersModel,
-    ImageProcessingMixin,
     ViTModel,
 )
 
-from models.pretrained import load_network, load_tokenizer, model_type, resolve_source
+from models.pretrained import (
+    load_network,
+    load_tokenizer,
+    model_type,
+    one_line_errors,
+    quiet_loading,
+    resolve_source,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -110,14 +119,12 @@ class TokenFeatures:
         source = resolve_source(source)
         model_class = VIT_CLASSES[model_type(source, VIT_CLASSES)]
         model = load_network(model_class, source, optional=("pooler.",)).to(device)
-        local = Path(source).is_dir()
-        try:
-            given, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
-        except OSError:  # The file is optional.
-            given = {}
-        size = given.get("crop_size", {}).get("height", model.config.image_size)
-        mean, std = given.get("image_mean", IMAGENET_MEAN), given.get("image_std", IMAGENET_STD)
-        return cls(model, size, mean, std)
+        return cls(model, **_input_format(source, model.config.image_size))
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side, g."""
+        return self.size // self.model.config.patch_size
 
     def tokens(self, images: Tensor) -> Tensor:
         """Return the final, layer-normalised patch tokens [B, g, g, D] of images [B, 3, H, W].
@@ -139,8 +146,7 @@ class TokenFeatures:
 
     def _grid(self, tokens: Tensor) -> Tensor:
         """Drop class and register tokens [B, k + g * g, D], which come first -> [B, g, g, D]."""
-        side = self.size // self.model.config.patch_size
-        return tokens[:, -(side * side) :].unflatten(1, (side, side))
+        return tokens[:, -(self.grid**2) :].unflatten(1, (self.grid, self.grid))
 
 
 def clip_preprocess(images: Tensor, size: int) -> Tensor:
@@ -172,6 +178,33 @@ def clip_tokenize(tokenizer: CLIPTokenizer, sentences: list[str], length: int) -
             warnings.warn(f"{sentence[:20]!r}... is too long, cut off: {cut!r}", stacklevel=2)
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     return tokenizer(sentences, **options, return_tensors="pt").input_ids
+
+
+def _input_format(source: str, image_size: int) -> dict:
+    """Return `size`, `mean` and `std` of a ViT's input from its preprocessor_config.json.
+
+    The file may be absent; one that cannot be fetched or read is a ValueError.
+    """
+    name = "preprocessor_config.json"
+    with one_line_errors(source, name), quiet_loading():
+        path = Path(source, name) if Path(source).is_dir() else _fetch(source, name)
+        given = json.loads(path.read_text()) if path and path.is_file() else {}
+        crop = given.get("crop_size", image_size)
+        return {
+            "size": int(crop["height"] if isinstance(crop, dict) else crop),
+            "mean": tuple(map(float, given.get("image_mean", IMAGENET_MEAN))),
+            "std": tuple(map(float, given.get("image_std", IMAGENET_STD))),
+        }
+
+
+def _fetch(hub_id: str, name: str) -> Path | None:
+    """Return the local copy of a file on the hub, or None if the hub says that it has none."""
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except LocalEntryNotFoundError:  # The hub could not be asked. It is an EntryNotFoundError too.
+        raise
+    except EntryNotFoundError:
+        return None
 
 
 def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -5,6 +5,7 @@ is absent, of another class, incomplete or unreadable is a ValueError of one lin
 A source is a local folder, for which the network is never tried, or a hub id `user/repo`.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ def resolve_source(source: str | Path) -> str:
     Raises:
         ValueError: `source` is neither.
     """
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not Path(source).exists()
-    if not Path(source).is_dir() and not is_hub_id:
+    source = str(source)
+    # os.path takes names that are too long for the system, where Path raises.
+    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) and not os.path.exists(source)
+    if not os.path.isdir(source) and not is_hub_id:
         raise ValueError(f"{source} is neither a folder nor a hub id (user/repo)")
-    return str(source)
+    return source
 
 
 def load_network(

@@ -15,7 +15,6 @@ from models.checkpoint import (
     atomic_write,
     load_checkpoint,
     load_generator,
-    remove_leftovers,
     save_checkpoint,
     save_generator,
 )
@@ -84,7 +83,8 @@ def test_header_holds_what_design_names(saved):
     assert values["rendering_kwargs"]["ray_start"] == 2.25
     assert values["neural_rendering_resolution"] == 12
     assert torch.tensor(values["plane_axes"]).shape == (3, 3, 3)
-    assert values["cameras"]["radius"] == 2.7
+    assert values["rendering_kwargs"]["camera_distribution"] == "uniform"
+    assert len(values) == 4
 
 
 def test_run_folder_is_a_generator(tmp_path, saved):
@@ -180,6 +180,27 @@ def other_axes(path, saved):
     return tampered(path, saved, plane_axes="[1, 2, 3]")
 
 
+def no_pixels(path, saved):
+    return tampered(path, saved, neural_rendering_resolution="-3")
+
+
+def other_rendering(path, saved, **changes):
+    kwargs = json.loads(metadata(saved)["rendering_kwargs"]) | changes
+    return tampered(path, saved, rendering_kwargs=json.dumps(kwargs))
+
+
+def unknown_cameras(path, saved):
+    return other_rendering(path, saved, camera_distribution="foo")
+
+
+def pivot_in_a_plane(path, saved):
+    return other_rendering(path, saved, avg_camera_pivot=[0.0, 0.2])
+
+
+def overlong_name(*_):
+    return "x" * 300
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -201,6 +222,10 @@ def other_axes(path, saved):
         broken_json,
         strange_axes,
         other_axes,
+        no_pixels,
+        unknown_cameras,
+        pivot_in_a_plane,
+        overlong_name,
     ],
 )
 def test_foreign_generator_is_refused_in_one_line(tmp_path, saved, make):
@@ -271,10 +296,3 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_, name=name: acts.append(name))
     atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert acts == ["fsync", "replace"]
-
-
-def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
-    for name in (".grid.png.tmp", "mine.tmp", "ckpt-000001.pt"):
-        (tmp_path / name).write_bytes(b"")
-    remove_leftovers(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-000001.pt", "mine.tmp"]

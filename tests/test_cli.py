@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 import tyro
 from PIL import Image
-from tiny_run import arguments, hurry, run, world
+from tiny_run import arguments, build_generator, hurry, run, world
 
 import render
 import train
-from runs import run_cli
+from models.checkpoint import save_generator
+from runs import remove_leftovers, run_cli
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [
@@ -72,13 +74,16 @@ def test_help_explains_every_option(script, call):
 
 def readme_commands():
     """Return every `python x.py ...` in the sh blocks of the README."""
-    readme = REPOSITORY / "README.md"
-    text = readme.read_text() if readme.exists() else ""
+    text = (REPOSITORY / "README.md").read_text()
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = re.split(r"\n|&&", "\n".join(blocks).replace("\\\n", " "))
     commands = [shlex.split(line, comments=True) for line in lines]
     names = {f"{script.__name__}.py" for script in SCRIPTS}
     return [c[1:] for c in commands if c[:1] == ["python"] and c[1:2] and c[1] in names]
+
+
+def test_readme_has_commands():
+    assert len(readme_commands()) >= 4
 
 
 @pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
@@ -91,6 +96,15 @@ def test_readme_command_parses(argv):
 def test_docstring_commands_parse(script):
     for line in re.findall(rf"python {script.__name__}\.py (.*)", script.__doc__):
         tyro.cli(script.Config, args=shlex.split(line))
+
+
+def test_help_lists_every_preset(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        run_cli(train.Config, train.main, f"{train.__doc__}\n{train.describe_presets()}")
+    text = " ".join(capsys.readouterr().out.split())
+    for preset in (*train.METHODS.values(), *train.BASES.values()):
+        assert all(f"{option} {value}" in text for option, value in preset.items())
 
 
 @pytest.mark.parametrize("field", ["base", "method"])
@@ -142,6 +156,19 @@ def file_for_folder(path):
     return {"out": path / "file"}
 
 
+def coarse_features(path):
+    shutil.copytree(world() / "dino", path / "dino")
+    (path / "dino/preprocessor_config.json").write_text('{"crop_size": 16}')  # 4 x 4 tokens.
+    return {"features": path / "dino"}
+
+
+def strange_cameras(path):
+    G = build_generator()
+    G.rendering_kwargs["camera_distribution"] = "foo"
+    save_generator(G, path / "g.safetensors")
+    return {"generator": path / "g.safetensors"}
+
+
 BAD = {
     "no target": (lambda _: {"prompt": None}, "--prompt"),
     "blank prompt": (lambda _: {"prompt": "  "}, "--prompt"),
@@ -157,6 +184,15 @@ BAD = {
     "folder in proc": (lambda _: {"out": "/proc/run"}, "--out"),
     "overlong folder": (lambda _: {"out": "x" * 300}, "--out"),
     "no such device": (lambda _: {"device": "abacus"}, "--device"),
+    "device without data": (lambda _: {"device": "meta"}, "--device"),
+    "prompt in Latin-1": (lambda _: {"prompt": "caf\udce9"}, "--prompt"),
+    "folder in Latin-1": (lambda path: {"out": path / "caf\udce9"}, "--out"),
+    **{
+        f"overlong {name}": (lambda _, name=name: {name: "x" * 300}, "x" * 300)
+        for name in ("generator", "diffusion", "features", "clip", "image")
+    },
+    "coarse features": (coarse_features, "--features"),
+    "strange cameras": (strange_cameras, "foo"),
     **{
         f"{name} {value}": (lambda _, name=name, value=value: {name: value}, f"--{flag}")
         for name, value, flag in [
@@ -249,7 +285,9 @@ def test_sds_needs_no_vit(tmp_path):
     run(tmp_path, steps=1, method="sds", features="nowhere")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"generator": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"generator": 3}', '{"generator": "x", "method": "sds"}', "\x00"]
+)
 def test_foreign_config_is_refused_and_kept(tmp_path, call, content):
     (tmp_path / "config.json").write_text(content)
     code, _, err = call(train, arguments(tmp_path))
@@ -262,6 +300,15 @@ def test_checkpoints_without_settings_are_refused(tmp_path, call):
     code, _, err = call(train, arguments(tmp_path))
     assert code == 2
     assert "config.json" in err
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
+    ours = (".config.json.tmp", ".grid-000003.png.tmp", ".ckpt-000001.pt.tmp", ".log.jsonl.tmp")
+    others = {"mine.tmp", ".notes.tmp", ".vimrc.tmp", "ckpt-000001.pt"}
+    for name in (*ours, *others):
+        (tmp_path / name).write_bytes(b"")
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == others
 
 
 def test_what_does_not_shape_the_result_may_change(tmp_path):
@@ -279,6 +326,15 @@ def test_failed_write_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
     assert code == 1
     assert err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
+
+
+def test_bug_inside_the_loop_is_no_bad_option(tmp_path, call, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(train, "update_averages", fail)
+    with pytest.raises(RuntimeError):  # So Python prints a traceback and exits with 1.
+        call(train, arguments(tmp_path / "run", steps=1))
 
 
 def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):

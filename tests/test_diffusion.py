@@ -247,6 +247,13 @@ def test_parts_beside_the_model_are_the_default_and_optional(prior, copy):
         bare.condition("an elf", picture())
 
 
+def test_folder_with_only_an_image_encoder_is_no_adapter(copy):
+    for file in (copy / "ip_adapter" / "models").glob("ip-adapter*"):
+        file.unlink()
+    prior = DiffusionPrior.from_pretrained(copy)
+    assert prior.image_encoder is None and prior.controlnet is not None
+
+
 def test_parts_named_explicitly_win_over_those_beside_the_model(folder, prior, tmp_path):
     other = build_prior(tmp_path, seed=1)
     mixed = DiffusionPrior.from_pretrained(
@@ -370,7 +377,9 @@ def test_parts_of_different_attention_widths_are_refused(part, folder, copy, tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "nowhere", "/no/folder"])
+@pytest.mark.parametrize(
+    "source", ["no/such/folder", "nowhere", "/no/folder", "x" * 300, f"x/{'y' * 300}"]
+)
 def test_source_that_is_neither_folder_nor_hub_id_is_refused(source):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         DiffusionPrior.from_pretrained(source)

@@ -1,13 +1,17 @@
 """Frozen features: CLIP's embeddings and a ViT's patch tokens."""
 
+import shutil
+
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from tiny_prior import build_clip, build_dino
 from transformers import CLIPImageProcessorPil, CLIPModel, ViTConfig, ViTModel
 
-from models.features import ClipFeatures, TokenFeatures, clip_preprocess
+from models.features import ClipFeatures, TokenFeatures, _input_format, clip_preprocess
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +113,47 @@ def test_original_dino_loads_without_its_pooler(tmp_path):
     assert TokenFeatures.from_pretrained(tmp_path).tokens(images()).shape == (2, 4, 4, 16)
 
 
-def test_input_size_is_the_preprocessors_crop(dino_folder, tmp_path):
-    for file in dino_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": {"height": 24, "width": 24}}')
-    assert TokenFeatures.from_pretrained(tmp_path).tokens(images()).shape == (2, 6, 6, 32)
+@pytest.mark.parametrize(
+    ("content", "grid"),
+    [(None, 8), ("{}", 8), ('{"crop_size": 16}', 4), ('{"crop_size": {"height": 24}}', 6)],
+)
+def test_input_size_is_the_preprocessors_crop(dino_folder, tmp_path, content, grid):
+    folder = copy_with(dino_folder, tmp_path, content)
+    features = TokenFeatures.from_pretrained(folder)
+    assert features.grid == grid
+    assert features.tokens(images()).shape == (2, grid, grid, 32)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"crop_size": {"width": 8}}', '{"image_mean": "grey"}']
+)
+def test_damaged_preprocessor_is_refused_rather_than_ignored(dino_folder, tmp_path, content):
+    folder = copy_with(dino_folder, tmp_path, content)
+    with pytest.raises(ValueError, match="preprocessor_config.json"):
+        TokenFeatures.from_pretrained(folder)
+
+
+def test_preprocessor_that_cannot_be_fetched_is_refused_rather_than_ignored(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="^no-user/no-model/preprocessor_config.json"):
+        _input_format("no-user/no-model", 224)
+
+
+def test_preprocessor_that_the_hub_does_not_have_is_optional(monkeypatch):
+    def absent(*_):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("models.features.hf_hub_download", absent)
+    assert _input_format("user/model", 224)["size"] == 224
+
+
+def copy_with(dino_folder, folder, content):
+    """Copy a ViT, with other content in its preprocessor_config.json, or without that file."""
+    shutil.copytree(dino_folder, folder, dirs_exist_ok=True)
+    (folder / "preprocessor_config.json").unlink()
+    if content is not None:
+        (folder / "preprocessor_config.json").write_text(content)
+    return folder
 
 
 def test_loading_is_silent(clip_folder, dino_folder, capfd, recwarn):

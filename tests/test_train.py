@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -213,16 +214,21 @@ def start(out, **changes):
 @pytest.mark.slow
 def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
     settings = {"steps": 40, "save_every": 3, "grid_every": 5}
+    began = time.perf_counter()
     assert start(tmp_path / "unbroken", **settings).wait() == 0
+    seconds = time.perf_counter() - began
     unbroken = contents(tmp_path / "unbroken")
     delays, kills, out = random.Random(0), 0, tmp_path / "run0"
     while kills < 20:
         log = out / "log.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
         process = start(out, **settings)
-        while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
-            time.sleep(0.02)  # Until it has taken the run over.
-        time.sleep(delays.uniform(0, 3))
+        if kills % 2:  # Once it has taken the run over.
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+                time.sleep(0.02)
+            time.sleep(delays.uniform(0, 3))
+        else:  # At any time, even before there is a folder.
+            time.sleep(delays.uniform(0, seconds))
         process.kill()
         if process.wait() == 0:  # It was faster; take another run.
             assert contents(out) == unbroken
@@ -234,6 +240,35 @@ def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
 
 
 # The step.
+
+
+@pytest.mark.parametrize(
+    ("changes", "called"),
+    [({}, {"dsds_loss"}), ({"mask": False}, {"sds_loss"}), ({"method": "sds"}, {"sds_loss"})],
+)
+def test_depth_and_mask_together_make_dsds(monkeypatch, tmp_path, changes, called):
+    names = set()
+    for name in ("dsds_loss", "sds_loss"):
+        loss = getattr(train, name)
+        spy = partial(lambda name, loss, *args: names.add(name) or loss(*args), name, loss)
+        monkeypatch.setattr(train, name, spy)
+    run(tmp_path, steps=1, **changes)
+    assert names == called
+
+
+def test_depth_condition_shows_a_foreground(monkeypatch, tmp_path):
+    conditions = []
+    condition = train.depth_condition
+
+    def spy(depth, mask, size):
+        assert (mask > 0.5).any() and (mask < 0.5).any()
+        conditions.append(condition(depth, mask, size))
+        return conditions[-1]
+
+    monkeypatch.setattr(train, "depth_condition", spy)
+    run(tmp_path, steps=2)
+    assert len(conditions) == 2
+    assert all(shown.amax((1, 2, 3)).min() > 0.5 for shown in conditions)
 
 
 def trained(monkeypatch, tmp_path, **changes):
@@ -456,6 +491,11 @@ def test_picture_alone_is_a_target(tmp_path):
     result = run(tmp_path / "run", prompt=None, image=tmp_path / "grey.png", steps=2)
     assert len(result["log.jsonl"]) == 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["image_scale"] == 1.0
+
+
+def test_blank_prompt_beside_a_picture_counts_as_none():
+    cfg = train.resolve(train.Config(prompt="  ", image=Path("grey.png")))
+    assert (cfg.prompt, cfg.image_scale, cfg.out) == (None, 1.0, Path("runs/grey"))
 
 
 def test_unknown_words_are_warned_of(tmp_path, capsys, cheap):

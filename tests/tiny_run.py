@@ -35,7 +35,7 @@ RENDERING = {
 
 
 def build_generator(seed: int = 0) -> TriPlaneGenerator:
-    """Return a generator of 32 px images with random weights."""
+    """Return a generator of 32 px images with random weights, whose masks lie around 0.5."""
     torch.manual_seed(seed)
     G = TriPlaneGenerator(
         z_dim=8,
@@ -54,6 +54,7 @@ def build_generator(seed: int = 0) -> TriPlaneGenerator:
         feature_channels=8,
     )
     G.neural_rendering_resolution = 12
+    G.decoder.net[2].bias.data[0] = 2.0  # Density.
     return G.eval().requires_grad_(False)
 
 
