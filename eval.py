@@ -1,15 +1,17 @@
 """Score runs: does the result look like the target, and is it still the same person and pose?
 
     python eval.py --ckpt runs/a-bronze-statue
-    python eval.py --ckpt runs/* --out results.json
+    python eval.py --ckpt runs/a-bronze-statue runs/a-clown --out results.json
 
-Source and adapted generator render the same latents from the same cameras. Features are those of
-the frozen CLIP image tower, which no loss of GCA-3D uses. Writes JSON, prints one row per run.
+Source and adapted generator render the same latents from the same cameras, with the run's own
+truncation. Features are those of the frozen CLIP image tower, which no loss of GCA-3D uses. Writes
+JSON, one object per run beside those that the file already holds, and prints all as a table.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from models.cameras import orbit
 from models.checkpoint import atomic_write
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
 from render import load_run, read_picture, to_image
-from runs import check_folder, locate, pick_device, run_cli
+from runs import check_folder, locate, make_folder, pick_device, read_settings, run_cli
 
 CELLS = 4  # Feature maps are averaged to this many cells per side: where things are, roughly.
 PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
 RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
+FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
+SETTINGS = {"generator", "diffusion", "clip", "prompt", "image", "method", "trunc"}
+
+Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 
 
 @dataclass
@@ -34,11 +41,19 @@ class Config:
     """Options of eval.py."""
 
     ckpt: tuple[Path, ...]  # Run folders, as train.py writes them.
-    out: Path = Path("results.json")  # Scores, one object per run; equal names are replaced.
+    out: Path = Path("results.json")  # Scores, one object per run; rows of other runs are kept.
     samples: int = 256  # Latents per run; identity is a retrieval among them.
     seed: int = 1_000_000  # Of the latents and cameras; training runs use small seeds.
-    batch: int = 8  # Latents rendered at once.
+    batch: int = 32  # Pictures that CLIP reads at once; no score depends on it.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
+
+
+@dataclass(frozen=True)
+class Views:
+    """N latents and a random camera for each."""
+
+    z: Tensor  # [N, z_dim]
+    angles: Tensor  # Yaw and pitch as `cameras.orbit` takes them, [N, 2].
 
 
 @dataclass(frozen=True)
@@ -55,47 +70,93 @@ def main(cfg: Config) -> None:
     """Score every run and write the table.
 
     Raises:
-        ValueError: an option cannot be used, or a folder is no run.
+        ValueError: an option cannot be used, or a folder is no run; nothing has been scored.
     """
-    if cfg.samples < 8 or cfg.batch < 1:
+    if not cfg.ckpt or cfg.samples < 8 or cfg.batch < 1:
         raise ValueError(
-            f"--samples must be at least 8 and --batch 1, got {cfg.samples}, {cfg.batch}"
+            f"--ckpt must name a run, --samples be at least 8 and --batch 1, "
+            f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
         )
     check_folder(cfg.out.absolute().parent)
-    device = pick_device(cfg.device)
-    rows = {}
+    rows = read_rows(cfg.out)
     for ckpt in cfg.ckpt:
+        run_settings(ckpt)
+    device = pick_device(cfg.device)
+    make_folder(cfg.out.absolute().parent)
+    for ckpt in tqdm(cfg.ckpt, unit="run"):
         rows[str(ckpt)] = score_run(ckpt, cfg, device)
-        text = json.dumps(rows, indent=2) + "\n"
-        atomic_write(cfg.out, lambda file, text=text: file.write(text.encode()))
+        write_rows(cfg.out, rows)
     print_table(rows)
 
 
-def score_run(ckpt: Path, cfg: Config, device: torch.device) -> dict[str, float | str]:
-    """Return the metrics of one run, by name (see `METRICS`)."""
-    G, G_src, settings = load_run(ckpt, device)
-    if G_src is None:
-        raise ValueError(f"{ckpt} is no run folder, so there is no source to compare with")
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the rows that an earlier call wrote, by run; none if there is no such file.
+
+    Raises:
+        ValueError: the file is a folder, or another program's.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out {path} cannot be read ({error})") from error
+    known = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    if not known or not all({"method", "target"} <= row.keys() for row in rows.values()):
+        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
+    return rows
+
+
+def write_rows(path: Path, rows: dict[str, Row]) -> None:
+    """Write rows by run as JSON, completely or not at all."""
+    text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def run_settings(ckpt: Path) -> dict:
+    """Return the settings of a run that can be scored.
+
+    Raises:
+        ValueError: the path is no run folder, or the run has no result yet.
+    """
+    if not ckpt.is_dir():
+        raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
+    settings = read_settings(ckpt)
+    missing = sorted(SETTINGS - settings.keys())
+    if missing:
+        raise ValueError(f"{ckpt / 'config.json'} lacks {', '.join(missing)}")
+    if not (ckpt / "generator.safetensors").exists():
+        raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
+    return settings
+
+
+def score_run(ckpt: Path, cfg: Config, device: torch.device) -> Row:
+    """Return the settings and scores of one run.
+
+    What the scores mean is said where they are computed: `fidelity`, `pose`, `identity`,
+    `depth_correlation`, `cost`.
+
+    Raises:
+        ValueError: the path is no run folder, or its generator draws what cannot be scored.
+    """
+    settings = run_settings(ckpt)
+    G, G_src, _ = load_run(ckpt, device)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]), device)
+    views, probe_views = draw_views(G, cfg)
+    source = render_all(G_src, views, settings["trunc"], cfg, "source")
+    adapted = render_all(G, views, settings["trunc"], cfg, "adapted")
+    probes = render_all(G_src, probe_views, settings["trunc"], cfg, "pose probe", front=False)
 
-    torch.manual_seed(cfg.seed)
-    z = torch.randn(cfg.samples, G.z_dim)
-    yaw, pitch = views(G, cfg.samples)
-    probe_yaw, probe_pitch = views(G, PROBE_SHARE * cfg.samples)
-    probe_z = torch.randn(len(probe_yaw), G.z_dim)
-    source = render_all(G_src, z, yaw, pitch, cfg, "source")
-    adapted = render_all(G, z, yaw, pitch, cfg, "adapted")
-    fitted = render_all(G_src, probe_z, probe_yaw, probe_pitch, cfg, "pose probe", front=False)
-
-    row: dict[str, float | str] = {"method": settings["method"], "target": target_name(settings)}
-    row |= fidelity(clip, settings, Path(ckpt), source, adapted, cfg)
-    row |= pose(clip, fitted, (probe_yaw, probe_pitch), source, adapted, (yaw, pitch), cfg)
-    row |= identity(clip, source, adapted, cfg)
-    row["depth_corr"] = depth_correlation(source, adapted)
-    log = [json.loads(line) for line in (Path(ckpt) / "log.jsonl").read_text().splitlines()]
-    row["step_seconds"] = sum(entry["seconds"] for entry in log) / max(len(log), 1)
-    row["total_minutes"] = sum(entry["seconds"] for entry in log) / 60
-    return row
+    row: Row = {"method": settings["method"], "target": target_name(settings)}
+    row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
+    try:
+        row |= fidelity(clip, settings, ckpt, source, adapted, cfg)
+        row |= pose(clip, probes, probe_views, source, adapted, views, cfg)
+        row |= identity(clip, source, adapted, cfg)
+        row["depth_corr"] = depth_correlation(source, adapted)
+    except ValueError as error:
+        raise ValueError(f"{ckpt}: {error}") from error
+    return row | cost(ckpt)
 
 
 def target_name(settings: dict) -> str:
@@ -104,64 +165,102 @@ def target_name(settings: dict) -> str:
     return " + ".join(part for part in parts if part)
 
 
-def views(G: TriPlaneGenerator, count: int) -> tuple[Tensor, Tensor]:
-    """Draw yaw and pitch uniformly over the generator's camera range, [count] each, radians."""
-    u = 2 * torch.rand(2, count) - 1
-    return u[0] * G.cameras.yaw_range, u[1] * G.cameras.pitch_range
+def cost(ckpt: Path) -> dict[str, float]:
+    """Return a run's cost by its log.jsonl, whose last row may be cut off; nothing without a log.
+
+    Returns:
+        `step_seconds`, the mean of a step; `steps_minutes`, the sum of all steps, without loading,
+        grids and checkpoints; `peak_gb`, if the log has it.
+
+    Raises:
+        ValueError: the log is another program's.
+    """
+    path = ckpt / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        log = [json.loads(line) for line in lines if line.endswith("\n")]
+        seconds = sum(entry["seconds"] for entry in log)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} was not written by train.py ({error})") from error
+    if not log:
+        return {}
+    row = {"step_seconds": seconds / len(log), "steps_minutes": seconds / 60}
+    peaks = [entry["peak_gb"] for entry in log if "peak_gb" in entry]
+    return row | ({"peak_gb": max(peaks)} if peaks else {})
+
+
+def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
+    """Draw the latents and cameras that are scored, and those that the pose probe is fitted on.
+
+    Cameras are uniform over the generator's range. The first N do not depend on the second.
+    """
+    torch.manual_seed(cfg.seed)
+    width = torch.tensor([G.cameras.yaw_range, G.cameras.pitch_range])
+    scored, fitted = (
+        Views(torch.randn(count, G.z_dim), (2 * torch.rand(count, 2) - 1) * width)
+        for count in (cfg.samples, PROBE_SHARE * cfg.samples)
+    )
+    return scored, fitted
 
 
 @torch.no_grad()
 def render_all(
-    G: TriPlaneGenerator,
-    z: Tensor,
-    yaw: Tensor,
-    pitch: Tensor,
-    cfg: Config,
-    name: str,
-    front: bool = True,
+    G: TriPlaneGenerator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
 ) -> Renders:
-    """Render latents [N, z_dim] from their cameras and, unless it is not needed, from the front."""
+    """Render latents from their cameras and, unless it is not needed, from the front.
+
+    They are rendered one by one: the jitter of the rays is drawn, and depth is clamped, per call.
+    """
     device = G.backbone.mapping.w_avg.device
+    frontal = G.cameras.frontal().to(device)  # [1, 25]
+    labels = G.cameras.label(*views.angles.T).to(device)  # [N, 25]
     parts = []
-    rows = range(0, len(z), cfg.batch)
-    for i in tqdm(rows, desc=name, unit="batch", leave=False):
-        one = slice(i, i + cfg.batch)
-        frontal = G.cameras.frontal(len(z[one])).to(device)
-        ws = G.mapping(z[one].to(device), frontal)
-        c = G.cameras.label(yaw[one], pitch[one]).to(device)
-        torch.manual_seed(cfg.seed + i)  # The same jitter of rays for source and adapted.
-        cameras = torch.stack([c, frontal], 1) if front else c[:, None]  # [B, K, 25]
-        out = {
-            k: v.unflatten(0, cameras.shape[:2]).cpu() for k, v in G.synthesis(ws, cameras).items()
-        }
-        parts.append(
-            (out["image"][:, 0], out["image_depth"][:, 0], out["mask"][:, 0], out["image"][:, -1])
-        )
-    return Renders(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    for i in tqdm(range(len(labels)), desc=name, unit="head", leave=False):
+        ws = G.mapping(views.z[i : i + 1].to(device), frontal, truncation_psi=trunc)
+        cameras = torch.cat([labels[i : i + 1], frontal])[: 1 + front]  # [K, 25]
+        torch.manual_seed(cfg.seed + i)  # The same jitter for source and adapted.
+        out = {k: v.cpu() for k, v in G.synthesis(ws, cameras[None]).items()}
+        parts.append((out["image"][0], out["image_depth"][0], out["mask"][0], out["image"][-1]))
+    return Renders(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
 def embed(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
     """Return CLIP's unit embeddings of images, [N, D]."""
-    device = clip.model.device
-    with torch.no_grad():
-        return torch.cat([clip.images(x.to(device)).cpu() for x in images.split(4 * cfg.batch)])
+    return _in_batches(clip.images, clip, images, cfg)
 
 
 def cells(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
     """Return CLIP's patch tokens averaged to 4 x 4 cells, [N, 16 D]: what is where."""
-    device = clip.model.device
-    maps = []
-    with torch.no_grad():
-        for x in images.split(4 * cfg.batch):
-            tokens = clip.tokens(x.to(device)).permute(0, 3, 1, 2)  # [B, D, g, g]
-            maps.append(F.adaptive_avg_pool2d(tokens, CELLS).flatten(1).cpu())
-    return torch.cat(maps)
+
+    def pooled(images: Tensor) -> Tensor:
+        tokens = clip.tokens(images).permute(0, 3, 1, 2)  # [B, D, g, g]
+        return F.adaptive_avg_pool2d(tokens, CELLS).flatten(1)  # [B, 16 D]
+
+    return _in_batches(pooled, clip, images, cfg)
+
+
+@torch.no_grad()
+def _in_batches(
+    read: Callable[[Tensor], Tensor], clip: ClipFeatures, images: Tensor, cfg: Config
+) -> Tensor:
+    """Read features off images, [N, F]; refuse any that are not finite."""
+    bar = tqdm(images.split(cfg.batch), desc="features", unit="batch", leave=False)
+    features = torch.cat([read(part.to(clip.model.device)).cpu() for part in bar])
+    if not features.isfinite().all():
+        raise ValueError("the pictures or their features are not finite")
+    return features
 
 
 def fidelity(
     clip: ClipFeatures, settings: dict, ckpt: Path, source: Renders, adapted: Renders, cfg: Config
 ) -> dict[str, float]:
-    """Compare with the prompt or picture, and count which of the known domains CLIP finds."""
+    """Compare with the prompt or picture, and count which of the known domains CLIP finds.
+
+    Returns:
+        `clip_text` and `clip_image`, mean cosines to the prompt and the picture, and their
+        `_gain` over the source; if the prior lists domains, `clip_share`, the share of pictures
+        that CLIP takes for `clip_domain`, the one nearest to what was asked for.
+    """
     before, after = embed(clip, source.image, cfg), embed(clip, adapted.image, cfg)  # [N, D]
     row = {}
     if settings["prompt"]:
@@ -174,30 +273,31 @@ def fidelity(
         row["clip_image_gain"] = row["clip_image"] - (before @ picture.T).mean().item()
         target = picture if not settings["prompt"] else target
 
-    known = known_domains(settings)
+    known = list(known_domains(settings).values())
     if known:
         prompts = clip.text(known).cpu()
-        wanted = (target @ prompts.T).argmax()
+        wanted = (target @ prompts.T).argmax().item()
         if settings["prompt"]:  # The user's own words stand for the domain they are nearest to.
             prompts[wanted] = target[0]
         row["clip_share"] = ((after @ prompts.T).argmax(1) == wanted).float().mean().item()
+        row["clip_domain"] = known[wanted]
     return row
 
 
-def known_domains(settings: dict) -> list[str]:
-    """Return one prompt for each domain that the prior's vocabulary.json lists, if there is one."""
+def known_domains(settings: dict) -> dict[str, str]:
+    """Return the domains that the prior's vocabulary.json lists: name -> prompt, or nothing."""
     path = Path(locate(settings["diffusion"])) / "vocabulary.json"
     declared = json.loads(path.read_text()) if path.exists() else {}
-    return list(declared.get("domains", {}).values())
+    return declared.get("domains", {})
 
 
 def pose(
     clip: ClipFeatures,
-    fitted: Renders,
-    fitted_at: tuple[Tensor, Tensor],
+    probes: Renders,
+    probe_views: Views,
     source: Renders,
     adapted: Renders,
-    truth: tuple[Tensor, Tensor],
+    views: Views,
     cfg: Config,
 ) -> dict[str, float]:
     """Read the camera off pictures by ridge regression, fitted on the source where it is known.
@@ -205,30 +305,29 @@ def pose(
     The adapted domain's mean shift of the features is removed before the probe is asked.
 
     Returns:
-        `pose_deg` of the adapted pictures and `pose_floor_deg`, the probe's error on source
-        pictures it was not fitted on: mean angles, degrees.
+        `pose_deg` of the adapted pictures and `pose_source_deg`, the probe's error on source
+        pictures it was not fitted on: mean angles between camera positions, degrees.
     """
-    x, y = cells(clip, fitted.image, cfg), torch.stack(fitted_at, 1)  # [M, F], [M, 2]
-    mean, goal = x.mean(0), torch.stack(truth, 1)
+    x, y = cells(clip, probes.image, cfg), probe_views.angles  # [M, F], [M, 2]
+    mean, truth = x.mean(0), direction(views.angles)
     kernel = (x - mean) @ (x - mean).T  # [M, M]
     ridge = RIDGE * kernel.diagonal().mean() * torch.eye(len(x))
     dual = torch.linalg.solve(kernel + ridge, y - y.mean(0))  # [M, 2]
 
     def error_deg(features: Tensor) -> float:
         read = (features - mean) @ (x - mean).T @ dual + y.mean(0)  # [N, 2]
-        return angle_deg(direction(read), direction(goal)).mean().item()
+        return angle_deg(direction(read), truth).mean().item()
 
     before, after = cells(clip, source.image, cfg), cells(clip, adapted.image, cfg)
     return {
         "pose_deg": error_deg(after - after.mean(0) + before.mean(0)),
-        "pose_floor_deg": error_deg(before),
+        "pose_source_deg": error_deg(before),
     }
 
 
 def direction(angles: Tensor) -> Tensor:
-    """Turn yaw and pitch [N, 2] into unit vectors [N, 3]."""
-    yaw, pitch = angles.unbind(1)
-    return torch.stack([yaw.sin() * pitch.cos(), pitch.sin(), yaw.cos() * pitch.cos()], 1)
+    """Turn yaw and pitch [N, 2] into unit vectors from the origin to the camera, [N, 3]."""
+    return F.normalize(orbit(*angles.T)[:, :3, 3], dim=1)
 
 
 def angle_deg(a: Tensor, b: Tensor) -> Tensor:
@@ -241,41 +340,56 @@ def identity(
 ) -> dict[str, float]:
     """Let every adapted picture look for its own source, all from the front; and compare spreads.
 
+    Ties count against it: in a collapsed generator nobody is found.
+
     Returns:
         `identity_top1` and `identity_mrr` (mean reciprocal rank), chance 1 / N; `diversity`, the
         mean distance between adapted pictures over that between source pictures.
+
+    Raises:
+        ValueError: all source pictures are the same.
     """
     before, after = cells(clip, source.front, cfg), cells(clip, adapted.front, cfg)  # [N, F]
+    spread = torch.pdist(before).mean()
+    if spread == 0:
+        raise ValueError("the source generator draws the same picture for every latent")
     a, b = (F.normalize(x - x.mean(0), dim=1) for x in (after, before))
-    similarity = a @ b.T
-    own = similarity.diagonal().unsqueeze(1)
-    rank = 1 + (similarity > own).sum(1)
+    similarity = a @ b.T  # [N, N]
+    rank = (similarity >= similarity.diagonal().unsqueeze(1)).sum(1)
     return {
         "identity_top1": (rank == 1).float().mean().item(),
         "identity_mrr": (1 / rank).mean().item(),
-        "diversity": (torch.pdist(after).mean() / torch.pdist(before).mean()).item(),
+        "diversity": (torch.pdist(after).mean() / spread).item(),
     }
 
 
 def depth_correlation(source: Renders, adapted: Renders) -> float:
-    """Return the mean correlation of the depth maps over the source's foreground; 0 without one."""
-    values = [torch.tensor(0.0)] if source.mask.max() <= 0.5 else []
+    """Return the mean correlation of the depth maps over the source's foreground.
+
+    A latent with a constant map, or without foreground, counts as 0.
+
+    Raises:
+        ValueError: a depth is not finite.
+    """
+    if not (source.depth.isfinite().all() and adapted.depth.isfinite().all()):
+        raise ValueError("the depth is not finite")
+    values = []
     for a, b, mask in zip(adapted.depth, source.depth, source.mask, strict=True):
-        inside = mask > 0.5
-        if inside.sum() > 1:
-            values.append(torch.corrcoef(torch.stack([a[inside], b[inside]]))[0, 1])
-    return torch.stack(values).mean().item()
+        pair = torch.stack([a[mask > 0.5], b[mask > 0.5]])  # [2, P]
+        flat = pair.shape[1] < 2 or pair.std(1).min() < FLAT
+        values.append(0.0 if flat else torch.corrcoef(pair)[0, 1].item())
+    return sum(values) / len(values)
 
 
-def print_table(rows: dict[str, dict[str, float | str]]) -> None:
+def print_table(rows: dict[str, Row]) -> None:
     """Print the runs as a Markdown table."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     print("| run | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for run, row in rows.items():
         values = [row.get(name, "") for name in names]
-        shown = [v if isinstance(v, str) else f"{v:.3f}" for v in values]
-        print(f"| {Path(run).name} | " + " | ".join(shown) + " |")
+        shown = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
+        print(f"| {run} | " + " | ".join(shown) + " |")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     python -m puppets.experiments
 
 Runs go to `runs/experiments`, one at a time; what is finished is not done again. Scores go to
-`docs/results.json`, tables to `docs/results.md`, figures to `docs/figure-*.png`.
+`docs/results.json`, tables to `docs/results.md`, figures to `docs/figure-*.png`. A call with
+another --seed adds its runs to those of the seeds before.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +17,24 @@ import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
 import eval as evaluation
 import train
 from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
+from puppets import oracle
 from puppets.data import CAMERAS
-from puppets.domains import DOMAINS
+from puppets.domains import DOMAINS, HELD_OUT
 from puppets.heads import Z_DIM, render
 from render import render as render_views
 from render import save_image, to_uint8
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
-TEXT = ("bronze", "zombie", "clown", "alien", "wood", "sketch", "devil", "marble", "robot")
+TEXT = ("bronze", "zombie", "clown", "alien", "wood", "sketch", *HELD_OUT)
 PICTURE = ("bronze", "alien", "devil")
-COMPARED = ("bronze", "clown", "devil")
+COMPARED = ("bronze", "clown", "devil", "robot")  # Two that were tuned on, two held out.
 ABLATIONS = {
     "gca3d": {},
     "without depth": {"depth_scale": 0.0},
@@ -54,15 +56,19 @@ class Config:
 
 
 def plan(seed: int) -> dict[str, dict]:
-    """Return every run's options for train.py, by name."""
+    """Return every run's options for train.py, by the run's name: objective-domain-s<seed>."""
     runs = {f"text-{d}": {"prompt": DOMAINS[d].phrases[0]} for d in TEXT}
     runs |= {f"image-{d}": {"image": DOCS / f"reference-{d}.png"} for d in PICTURE}
     for label, options in ABLATIONS.items():
         if options:
-            name = label.lower().replace(" ", "-")
             prompts = {d: {"prompt": DOMAINS[d].phrases[0]} for d in COMPARED}
-            runs |= {f"{name}-{d}": prompts[d] | options for d in COMPARED}
-    return {name: options | {"seed": seed} for name, options in runs.items()}
+            runs |= {f"{prefix(label)}-{d}": prompts[d] | options for d in COMPARED}
+    return {f"{name}-s{seed}": options | {"seed": seed} for name, options in runs.items()}
+
+
+def prefix(label: str) -> str:
+    """Return how the names of an objective's runs begin."""
+    return "text" if label == "gca3d" else label.lower().replace(" ", "-")
 
 
 def main(cfg: Config) -> None:
@@ -72,17 +78,18 @@ def main(cfg: Config) -> None:
     for domain in PICTURE:
         draw_reference(domain)
     path = DOCS / "results.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
+    scores = evaluation.read_rows(path)
+    eye = oracle.load_oracle()
     runs = {name: options for name, options in plan(cfg.seed).items() if cfg.only in name}
-    for name, options in runs.items():
+    for name, options in tqdm(runs.items(), unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
-        if name not in scores:
+        if scores.get(name, {}).get("samples") != cfg.samples:
             settings = evaluation.Config(ckpt=(), samples=cfg.samples)
-            scores[name] = evaluation.score_run(RUNS / name, settings, torch.device("cpu"))
-            text = json.dumps(scores, indent=2) + "\n"
-            atomic_write(path, lambda file, text=text: file.write(text.encode()))
+            row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"))
+            scores[name] = row | oracle.score_run(RUNS / name, row, eye)
+            evaluation.write_rows(path, scores)
     write_tables(scores)
-    draw_figures()
+    draw_figures(cfg.seed)
 
 
 def draw_reference(domain: str) -> None:
@@ -94,38 +101,73 @@ def draw_reference(domain: str) -> None:
         save_image(Image.fromarray(to_uint8(render(z, c, domain, size=256)[0])[0]), path)
 
 
-def write_tables(scores: dict[str, dict]) -> None:
+def write_tables(scores: dict[str, evaluation.Row]) -> None:
     """Write docs/results.md: every run, then the ablations' means over the compared domains."""
-    names = [n for n in next(iter(scores.values())) if n not in ("method", "target")]
-    lines = [
-        "# Results on the embedded world",
-        "",
-        "Written by `python -m puppets.experiments`.",
-        "",
-    ]
-    lines += ["| run | target | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for run, row in scores.items():
-        shown = [f"{row[n]:.3f}" if n in row else "" for n in names]
-        lines.append(f"| {run} | {row['target']} | " + " | ".join(shown) + " |")
-    lines += ["", f"## What each part does: means over {', '.join(COMPARED)}", ""]
-    lines += ["| objective | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for label in ABLATIONS:
-        prefix = "text" if label == "gca3d" else label.lower().replace(" ", "-")
-        rows = [scores[f"{prefix}-{d}"] for d in COMPARED if f"{prefix}-{d}" in scores]
-        if len(rows) == len(COMPARED):
-            means = [f"{np.mean([row[n] for row in rows]):.3f}" for n in names]
-            lines.append(f"| {label} | " + " | ".join(means) + " |")
+    names = dict.fromkeys(
+        n for row in scores.values() for n, v in row.items() if isinstance(v, float)
+    )
+    names = [name for name in names if name != "trunc"]
+    lines = ["# Results on the embedded world", "", "Written by `python -m puppets.experiments`."]
+    lines += ["Where there are several seeds: mean ± standard deviation over them."]
+    lines += ["Domains that were never looked at while tuning are marked (held out).", ""]
+    lines += table_of_runs(scores, names)
+    compared = ", ".join(map(mark, COMPARED))
+    lines += ["", f"## What each part does: means over {compared}", ""]
+    lines += table_of_objectives(scores, names)
     text = "\n".join(lines) + "\n"
     atomic_write(DOCS / "results.md", lambda file: file.write(text.encode()))
 
 
-def draw_figures() -> None:
+def table_of_runs(scores: dict[str, evaluation.Row], names: list[str]) -> list[str]:
+    """Return a Markdown row per objective and target, over its seeds."""
+    seeds: dict[str, list[evaluation.Row]] = {}
+    for run, row in scores.items():
+        seeds.setdefault(run.rpartition("-s")[0], []).append(row)
+    lines = ["| " + " | ".join(["run", "target", "samples", *names]) + " |"]
+    lines += ["|---" * (len(names) + 3) + "|"]
+    for name, rows in seeds.items():
+        samples = ", ".join(sorted({str(row["samples"]) for row in rows}))
+        values = [spread([row[n] for row in rows if n in row]) for n in names]
+        cells = [mark(name), str(rows[0]["target"]), samples, *values]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table_of_objectives(scores: dict[str, evaluation.Row], names: list[str]) -> list[str]:
+    """Return a Markdown row per objective that was run on all compared domains."""
+    lines = ["| " + " | ".join(["objective", *names]) + " |", "|---" * (len(names) + 1) + "|"]
+    seeds = sorted({run.rpartition("-s")[2] for run in scores}, key=int)
+    for label in ABLATIONS:
+        runs = [[f"{prefix(label)}-{d}-s{seed}" for d in COMPARED] for seed in seeds]
+        complete = [[scores[run] for run in row] for row in runs if scores.keys() >= set(row)]
+        if complete:
+            values = [
+                spread([np.mean([row[n] for row in rows]) for rows in complete if n in rows[0]])
+                for n in names
+            ]
+            lines.append("| " + " | ".join([label, *values]) + " |")
+    return lines
+
+
+def mark(name: str) -> str:
+    """Return a domain, or a run's name that ends in one, marked if the domain is held out."""
+    return f"{name} (held out)" if name.rpartition("-")[2] in HELD_OUT else name
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean of some seeds' values and, of several, their standard deviation."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+
+
+def draw_figures(seed: int) -> None:
     """Draw source heads above the same heads in every domain, for text and for pictures."""
     source = load_generator("checkpoints/puppets/generator.safetensors")
     for kind, domains in (("text", TEXT), ("image", PICTURE)):
         rows = [("source", None, show(source))]
         for domain in domains:
-            run = RUNS / f"{kind}-{domain}"
+            run = RUNS / f"{kind}-{domain}-s{seed}"
             if not (run / "generator.safetensors").exists():
                 continue
             picture = Image.open(run / "reference.png") if kind == "image" else None

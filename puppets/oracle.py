@@ -1,23 +1,45 @@
 """The oracle: a small network that reads domain, identity and camera off a picture, to measure by.
 
-It is trained on true pictures of every domain and takes no part in any adaptation, so no loss is
-its own judge.
+    python -m puppets.oracle --ckpt runs/a-bronze-statue --out results.json
+
+Adds to the rows that eval.py wrote how near the adapted pictures are to the true ones: the same
+latents from the same cameras, drawn in the target domain. The oracle is trained on true pictures of
+every domain and takes no part in any adaptation, so no loss is its own judge.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
+import eval as evaluation
+from eval import angle_deg
+from models.cameras import split_label
+from models.features import ClipFeatures
+from puppets import pretrain
 from puppets.data import DOMAIN_NAMES, load, to_images
-from puppets.heads import Z_DIM, identity
-from puppets.pretrain import OUT, Config, fit, report
+from puppets.heads import Z_DIM, identity, render
+from render import load_run, read_picture, to_image
+from runs import locate, run_cli
 
-ORACLE = OUT / "oracle.safetensors"
+ORACLE = pretrain.OUT / "oracle.safetensors"
+SIZE = 128  # Height and width of the pictures it reads, pixels.
+BATCH = 48
+
+
+@dataclass
+class Config:
+    """Options of puppets.oracle."""
+
+    ckpt: tuple[Path, ...]  # Run folders that eval.py has scored.
+    out: Path = Path("results.json")  # The file that eval.py wrote; scores are added to its rows.
+    oracle: Path = ORACLE  # Weights of the oracle.
 
 
 class Oracle(nn.Module):
@@ -49,38 +71,136 @@ class Oracle(nn.Module):
         return domain, identity(z), F.normalize(camera, dim=1)
 
 
+def main(cfg: Config) -> None:
+    """Add the oracle's scores to rows of eval.py, and print the table.
+
+    Raises:
+        ValueError: eval.py has not scored a run, or the run's generator draws no puppets.
+    """
+    rows = evaluation.read_rows(cfg.out)
+    unknown = [str(ckpt) for ckpt in cfg.ckpt if str(ckpt) not in rows]
+    if unknown:
+        raise ValueError(f"--out {cfg.out} has no row of {', '.join(unknown)}: run eval.py first")
+    oracle = load_oracle(cfg.oracle)
+    for ckpt in tqdm(cfg.ckpt, unit="run"):
+        rows[str(ckpt)] |= score_run(ckpt, rows[str(ckpt)], oracle)
+        evaluation.write_rows(cfg.out, rows)
+    evaluation.print_table(rows)
+
+
+def score_run(ckpt: Path, row: evaluation.Row, oracle: Oracle) -> evaluation.Row:
+    """Return the oracle's scores of one run, on the latents and cameras of its row.
+
+    Args:
+        row: What eval.py wrote; its samples and seed are used.
+
+    Returns:
+        `oracle_target`, the domain that the truth is drawn in, and what `compare` returns.
+
+    Raises:
+        ValueError: the run's generator draws no puppets, or its pictures are not finite.
+    """
+    settings = evaluation.run_settings(ckpt)
+    G, _, _ = load_run(ckpt)
+    if (G.z_dim, G.img_resolution, settings["trunc"]) != (Z_DIM, SIZE, 1):
+        raise ValueError(f"{ckpt}: the truth is known only of puppets with --trunc 1")
+    domain = target_domain(ckpt, settings, oracle)
+    cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
+    views, _ = evaluation.draw_views(G, cfg)
+    images = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False).image
+    if not images.isfinite().all():
+        raise ValueError(f"{ckpt}: the pictures are not finite")
+    c = G.cameras.label(*views.angles.T)  # [N, 25]
+    return {"oracle_target": domain} | compare(oracle, images, views.z, c, domain)
+
+
+def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
+    """Return the domain that a run was asked for, a key of DOMAINS.
+
+    A prompt stands for the domain whose own prompt CLIP finds nearest, a picture alone for the one
+    that the oracle reads.
+
+    Raises:
+        ValueError: the prior lists no domains, or others than those of puppets.
+    """
+    if not settings["prompt"]:
+        picture = to_image(read_picture(ckpt / "reference.png"))  # [1, 3, S, S]
+        picture = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return DOMAIN_NAMES[oracle(picture)[0].argmax()]
+    known = evaluation.known_domains(settings)
+    if not known or not known.keys() <= set(DOMAIN_NAMES):
+        raise ValueError(f"{settings['diffusion']} has no vocabulary.json with puppets' domains")
+    clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
+    similarity = clip.text([settings["prompt"]]) @ clip.text(list(known.values())).T  # [1, D]
+    return list(known)[similarity.argmax()]
+
+
+def compare(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -> dict[str, float]:
+    """Compare pictures with the true ones of the same latents, cameras and domain.
+
+    Args:
+        images: Adapted pictures, [N, 3, 128, 128] in [-1, 1].
+        z: Their latents, [N, 16].
+        c: Their camera labels, [N, 25].
+        domain: A key of DOMAINS.
+
+    Returns:
+        `oracle_l1`, the mean difference, background included; `oracle_id`, the mean cosine of the
+        identity read to the latent's; `oracle_pose_deg`, the mean angle of the camera read to the
+        true one; `oracle_domain`, the share read as the domain. The last three are also given of
+        the true pictures, `oracle_true_...`: what the oracle's own errors leave to be reached.
+    """
+    images = images.clamp(-1, 1)
+    rows = zip(z.split(1), c.split(1), strict=True)
+    bar = tqdm(rows, desc="truth", total=len(z), unit="head", leave=False)
+    truth = torch.cat([render(*row, domain, size=SIZE)[0] for row in bar])  # [N, 3, 128, 128]
+    adapted, floor = read(oracle, images, z, c, domain), read(oracle, truth, z, c, domain)
+    scores = {"oracle_l1": (images - truth).abs().mean().item()}
+    scores |= {f"oracle_{name}": value for name, value in adapted.items()}
+    return scores | {f"oracle_true_{name}": value for name, value in floor.items()}
+
+
+@torch.no_grad()
+def read(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -> dict[str, float]:
+    """Return how well pictures show their latents `id`, cameras `pose_deg` and the `domain`."""
+    parts = [oracle(part) for part in images.split(BATCH)]
+    logits, people, cameras = (torch.cat(x) for x in zip(*parts, strict=True))
+    named = logits.argmax(1) == DOMAIN_NAMES.index(domain)
+    return {
+        "id": F.cosine_similarity(people, z).mean().item(),
+        "pose_deg": angle_deg(cameras, camera_direction(c)).mean().item(),
+        "domain": named.float().mean().item(),
+    }
+
+
+def camera_direction(c: Tensor) -> Tensor:
+    """Return unit vectors [N, 3] from the origin to the cameras of labels [N, 25]."""
+    return F.normalize(split_label(c)[0][:, :3, 3], dim=1)
+
+
 def load_oracle(path: Path = ORACLE) -> Oracle:
-    """Load the committed oracle, frozen, in float32."""
+    """Load the committed oracle, frozen, in float32.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: python -m puppets.pretrain oracle makes it")
     oracle = Oracle()
     oracle.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return oracle.eval().requires_grad_(False)
 
 
-def angle_deg(a: Tensor, b: Tensor) -> Tensor:
-    """Angle between unit vectors, degrees, [B]."""
-    return torch.rad2deg((a * b).sum(1).clamp(-1, 1).arccos())
-
-
-def train_oracle(cfg: Config) -> None:
+def train_oracle(cfg: pretrain.Config) -> None:
     """Train and write the oracle."""
-    pictures = {}
-    for validation in (False, True):
-        raw = load(validation, keys=("rgb", "view", "z", "c", "c2", "domain"))
-        camera = torch.from_numpy(raw["c"][:, 3:16:4][:, :3])
-        second = torch.from_numpy(raw["c2"][:, 3:16:4][:, :3])
-        pictures[validation] = (
-            [raw["rgb"], raw["view"]],
-            identity(torch.from_numpy(raw["z"])),
-            [F.normalize(camera, dim=1), F.normalize(second, dim=1)],
-            torch.from_numpy(raw["domain"]),
-        )
-    views, people, cameras, domains = pictures[False]
+    pictures, people, cameras, domains = load_pictures(validation=False)
     torch.manual_seed(0)
     oracle = Oracle().to(cfg.device).to(memory_format=torch.channels_last)
 
     def terms(step: int) -> dict[str, Tensor]:
-        rows, which = torch.randint(len(people), (48,)), step % 2
-        images = to_images(views[which][rows.numpy()]) + 0.04 * torch.randn(48, 3, 128, 128)
+        rows, which = torch.randint(len(people), (BATCH,)), step % 2
+        images = to_images(pictures[which][rows.numpy()])  # [B, 3, 128, 128]
+        images = images + 0.04 * torch.randn(images.shape)
         domain, z, camera = oracle(
             images.contiguous(memory_format=torch.channels_last).to(cfg.device)
         )
@@ -90,26 +210,38 @@ def train_oracle(cfg: Config) -> None:
             "camera": 20 * (camera - cameras[which][rows].to(cfg.device)).square().sum(1).mean(),
         }
 
-    minutes = fit(
+    minutes = pretrain.fit(
         "oracle", oracle.parameters(), terms, cfg, steps=1200, lr=1.5e-3, weight_decay=0.05
     )
     save_file({k: v.half().contiguous() for k, v in oracle.cpu().state_dict().items()}, ORACLE)
+    report_oracle(load_oracle(), cfg, minutes)
 
-    oracle = load_oracle()
-    views, people, cameras, domains = pictures[True]
-    with torch.no_grad():
-        parts = [oracle(to_images(views[0][i : i + 64])) for i in range(0, len(people), 64)]
+
+def load_pictures(
+    validation: bool,
+) -> tuple[list, Tensor, list[Tensor], Tensor]:
+    """Read rendered heads: two views [N, 128, 128, 3] uint8, identity, two cameras, domain."""
+    raw = load(validation, keys=("rgb", "view", "z", "c", "c2", "domain"))
+    cameras = [camera_direction(torch.from_numpy(raw[key])) for key in ("c", "c2")]  # [N, 3] each
+    people = identity(torch.from_numpy(raw["z"]))  # [N, 16]
+    return [raw["rgb"], raw["view"]], people, cameras, torch.from_numpy(raw["domain"])
+
+
+@torch.no_grad()
+def report_oracle(oracle: Oracle, cfg: pretrain.Config, minutes: float) -> None:
+    """Write what the oracle reads off heads that it was not trained on to REPORT.md."""
+    pictures, people, cameras, domains = load_pictures(validation=True)
+    parts = [oracle(to_images(pictures[0][i : i + 64])) for i in range(0, len(people), 64)]
     domain, z, camera = (torch.cat(x) for x in zip(*parts, strict=True))
-    named = domain.argmax(1) == domains
     match = (z @ people.T).argmax(1) == torch.arange(len(people))
-    report(
-        "oracle",
-        cfg,
-        minutes,
-        {
-            "held-out renders whose domain it names": f"{100 * named.float().mean():.1f} %",
-            f"whose person it finds among {len(people)}": f"{100 * match.float().mean():.1f} %",
-            "cosine of the identity": f"{F.cosine_similarity(z, people).mean():.3f}",
-            "camera error [deg]": f"{angle_deg(camera, cameras[0]).mean():.2f}",
-        },
-    )
+    figures = {
+        "held-out renders whose domain it names": pretrain.percent(domain.argmax(1) == domains),
+        f"whose person it finds among {len(people)}": pretrain.percent(match),
+        "cosine of the identity": f"{F.cosine_similarity(z, people).mean():.3f}",
+        "camera error [deg]": f"{angle_deg(camera, cameras[0]).mean():.2f}",
+    }
+    pretrain.report("oracle", cfg, minutes, figures)
+
+
+if __name__ == "__main__":
+    run_cli(Config, main, __doc__)

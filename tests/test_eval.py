@@ -1,14 +1,26 @@
 import json
+import shutil
 from dataclasses import replace
+from math import asin, degrees, pi
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import hurry, run
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
-from eval import Config, Renders
+from eval import Config, Renders, Views
+from models.cameras import orbit
+from models.checkpoint import save_generator
+from models.eg3d import TriPlaneGenerator
+from puppets import experiments, heads, oracle
+from puppets.data import CAMERAS, DOMAIN_NAMES
+from puppets.domains import DOMAINS, HELD_OUT
+from render import save_image, to_uint8
 
 
 class FakeClip:
@@ -23,10 +35,11 @@ class FakeClip:
         return F.adaptive_avg_pool2d(images, 8).permute(0, 2, 3, 1)
 
 
-def renders(yaw, pitch, people):
+def renders(angles, people):
     """Pictures of a blob that lies where the camera's angles say, of as many patterns as people."""
+    yaw, pitch = angles.T.reshape(2, -1, 1, 1)
     x, y = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="xy")
-    blob = torch.exp(-((x - yaw.view(-1, 1, 1)) ** 2 + (y - pitch.view(-1, 1, 1)) ** 2) * 2)
+    blob = torch.exp(-((x - yaw) ** 2 + (y - pitch) ** 2) * 2)
     image = blob.unsqueeze(1).repeat(1, 3, 1, 1)
     depth = 2.5 + blob.unsqueeze(1)
     return Renders(image, depth, torch.ones_like(depth), people)
@@ -34,34 +47,97 @@ def renders(yaw, pitch, people):
 
 @pytest.fixture
 def scene():
+    """Source renders and their views, renders for the pose probe and their views."""
     generator = torch.Generator().manual_seed(3)
-    yaw, pitch = torch.rand(2, 48, generator=generator) * 1.2 - 0.6
+    views, probe_views = (
+        Views(torch.empty(0), torch.rand(n, 2, generator=generator) * 1.2 - 0.6) for n in (48, 96)
+    )
     people = torch.randn(48, 3, 32, 32, generator=generator)
-    fit_yaw, fit_pitch = torch.rand(2, 96, generator=generator) * 1.2 - 0.6
-    fitted = renders(fit_yaw, fit_pitch, people[:1])
-    return renders(yaw, pitch, people), (yaw, pitch), fitted, (fit_yaw, fit_pitch)
+    probes = renders(probe_views.angles, people[:1])
+    return renders(views.angles, people), views, probes, probe_views
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder of two steps, only to be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        run(tmp_path_factory.mktemp("eval") / "run", steps=2)
+    return tmp_path_factory.getbasetemp() / "eval0" / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    """A copy of it that may be changed."""
+    hurry(monkeypatch)
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def score(ckpt, out, **changes):
+    """Run eval.py on eight samples and return the rows it wrote."""
+    evaluation.main(Config(ckpt=(ckpt,), out=out, samples=8, device="cpu", **changes))
+    return json.loads(out.read_text())
+
+
+def change_settings(ckpt, **changes):
+    path = ckpt / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 CFG = Config(ckpt=(), batch=16)
 
 
+def test_direction_is_where_the_orbit_puts_the_camera():
+    angles = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, -0.2], [-0.4, 0.3]])
+    eye = F.normalize(orbit(*angles.T, radius=1.7, pivot=(0.0, 0.0, 0.0))[:, :3, 3], dim=1)
+    torch.testing.assert_close(evaluation.direction(angles), eye)
+    turned = evaluation.angle_deg(eye, eye[:1].expand(4, 3))
+    torch.testing.assert_close(turned[1].item(), degrees(0.5), rtol=1e-4, atol=0)
+    # Pitch is uniform in area: -0.2 is an elevation of asin(0.4 / pi), not 0.2.
+    torch.testing.assert_close(turned[2].item(), degrees(asin(0.4 / pi)), rtol=1e-4, atol=0)
+
+
+def test_angles_are_exact_where_arccos_is_not():
+    a = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    b = torch.tensor([[1e-4, 0.0, 1.0], [0.0, 0.0, -1.0]])
+    expected = torch.tensor([degrees(1e-4), 180.0])
+    torch.testing.assert_close(evaluation.angle_deg(a, b), expected)
+
+
 def test_an_unchanged_generator_scores_perfectly(scene):
-    source, truth, fitted, fitted_at = scene
+    source, views, probes, probe_views = scene
     scores = evaluation.identity(FakeClip(), source, source, CFG)
     assert scores == {"identity_top1": 1.0, "identity_mrr": 1.0, "diversity": 1.0}
-    pose = evaluation.pose(FakeClip(), fitted, fitted_at, source, source, truth, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_floor_deg"], abs=1e-3)
-    assert pose["pose_floor_deg"] < 3
+    pose = evaluation.pose(FakeClip(), probes, probe_views, source, source, views, CFG)
+    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=1e-3)
+    assert pose["pose_source_deg"] < 3
     assert evaluation.depth_correlation(source, source) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene):
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+@pytest.mark.parametrize("picture", ["constant", "one head"])
+def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene, picture, noise):
     source, *_ = scene
     generator = torch.Generator().manual_seed(0)
-    one = source.front[:1] + 1e-4 * torch.randn(source.front.shape, generator=generator)
-    scores = evaluation.identity(FakeClip(), source, replace(source, front=one), CFG)
-    assert scores["diversity"] < 0.01
-    assert scores["identity_top1"] < 0.15
+    one = source.front[:1] if picture == "one head" else torch.full_like(source.front[:1], 0.25)
+    front = one + noise * torch.randn(source.front.shape, generator=generator)
+    scores = evaluation.identity(FakeClip(), source, replace(source, front=front), CFG)
+    assert scores["diversity"] < 0.01 and (noise or scores["diversity"] == 0)
+    # One of 48 is chance; among pictures that differ at least by noise, some more may be luck.
+    assert scores["identity_top1"] <= (0.15 if noise else 1 / 48 + 1e-6)
+    assert scores["identity_mrr"] < 0.2
+
+
+def test_a_collapsed_source_and_infinite_pictures_are_refused(scene):
+    source, *_ = scene
+    same = replace(source, front=source.front[:1].expand_as(source.front))
+    with pytest.raises(ValueError, match="same picture"):
+        evaluation.identity(FakeClip(), same, source, CFG)
+    broken = replace(source, front=source.front / 0, depth=source.depth / 0)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.identity(FakeClip(), source, broken, CFG)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.depth_correlation(source, broken)
 
 
 def test_shuffled_people_are_found_by_chance_only(scene):
@@ -72,46 +148,322 @@ def test_shuffled_people_are_found_by_chance_only(scene):
 
 
 def test_swapped_views_score_the_angle_between_them(scene):
-    source, truth, fitted, fitted_at = scene
+    source, views, probes, probe_views = scene
     mirrored = replace(source, image=source.image.flip(-1))
-    pose = evaluation.pose(FakeClip(), fitted, fitted_at, source, mirrored, truth, CFG)
+    pose = evaluation.pose(FakeClip(), probes, probe_views, source, mirrored, views, CFG)
     known = evaluation.angle_deg(
-        evaluation.direction(torch.stack([-truth[0], truth[1]], 1)),
-        evaluation.direction(torch.stack(truth, 1)),
+        evaluation.direction(views.angles * torch.tensor([-1, 1])),
+        evaluation.direction(views.angles),
     )
     assert pose["pose_deg"] == pytest.approx(known.mean().item(), rel=0.15)
 
 
 def test_a_recoloured_domain_keeps_pose_and_identity(scene):
-    source, truth, fitted, fitted_at = scene
+    source, views, probes, probe_views = scene
     tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
     tinted = replace(source, image=source.image + tint, front=source.front + tint)
-    pose = evaluation.pose(FakeClip(), fitted, fitted_at, source, tinted, truth, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_floor_deg"], abs=0.05)
+    pose = evaluation.pose(FakeClip(), probes, probe_views, source, tinted, views, CFG)
+    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=0.05)
     assert evaluation.identity(FakeClip(), source, tinted, CFG)["identity_top1"] == 1
 
 
-def test_reversed_depth_correlates_negatively(scene):
+def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
     source, *_ = scene
     turned = replace(source, depth=-source.depth)
     assert evaluation.depth_correlation(source, turned) == pytest.approx(-1, abs=1e-5)
+    flat = replace(source, depth=torch.full_like(source.depth, 2.7))
+    assert evaluation.depth_correlation(source, flat) == 0
+    half = replace(source, depth=torch.cat([source.depth[:24], flat.depth[24:]]))
+    assert evaluation.depth_correlation(source, half) == pytest.approx(0.5, abs=1e-5)
+    empty = replace(source, mask=torch.zeros_like(source.mask))
+    assert evaluation.depth_correlation(empty, source) == 0
 
 
-def test_eval_scores_a_run_and_writes_json(tmp_path, monkeypatch, capsys):
-    hurry(monkeypatch)
-    run(tmp_path / "run", steps=2)
-    out = tmp_path / "results.json"
-    evaluation.main(Config(ckpt=(tmp_path / "run",), out=out, samples=8, device="cpu"))
-    row = json.loads(out.read_text())[str(tmp_path / "run")]
+def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / "results.json"
+    row = score(finished, out)[str(finished)]
     names = {"clip_text", "pose_deg", "identity_top1", "identity_mrr", "diversity", "depth_corr"}
-    assert names < set(row)
+    assert names < set(row) and "peak_gb" not in row
+    assert (row["samples"], row["seed"], row["trunc"]) == (8, 1_000_000, 1.0)
+    assert row["steps_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
     assert f"{row['diversity']:.3f}" in capsys.readouterr().out
 
 
-def test_eval_refuses_a_generator_file(tmp_path, monkeypatch):
-    hurry(monkeypatch)
-    run(tmp_path / "run", steps=2)
-    file = tmp_path / "run" / "generator.safetensors"
+def test_scores_do_not_depend_on_the_batch(finished, tmp_path):
+    first = score(finished, tmp_path / "a.json", batch=1)[str(finished)]
+    second = score(finished, tmp_path / "b.json", batch=8)[str(finished)]
+    numbers = {k: v for k, v in first.items() if isinstance(v, float)}
+    assert {k: second[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_is_rendered_with_its_own_truncation(copied, tmp_path):
+    change_settings(copied, trunc=0.5)
+    views, _ = evaluation.draw_views(build_generator(), cfg := replace(CFG, samples=2))
+    G = build_generator()
+    half, full = (evaluation.render_all(G, views, trunc, cfg, "").image for trunc in (0.5, 1.0))
+    assert not torch.allclose(half, full)
+    trunc, render_all = [], evaluation.render_all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluation, "render_all", lambda *a, **k: trunc.append(a[2]) or render_all(*a, **k)
+        )
+        row = score(copied, tmp_path / "results.json")[str(copied)]
+    assert trunc == [0.5, 0.5, 0.5] and row["trunc"] == 0.5
+
+
+def test_share_names_the_domain_that_counted(copied, tmp_path):
+    prior = Path(shutil.copytree(world() / "diffusion", tmp_path / "diffusion"))
+    domains = {"bronze": "a bronze statue", "clown": "a clown"}
+    (prior / "vocabulary.json").write_text(json.dumps({"words": [], "domains": domains}))
+    change_settings(copied, diffusion=str(prior))
+    row = score(copied, tmp_path / "results.json")[str(copied)]
+    assert row["clip_domain"] == "a bronze statue" and 0 <= row["clip_share"] <= 1
+
+
+def test_a_second_call_keeps_the_rows_of_other_runs(finished, tmp_path):
+    out = tmp_path / "results.json"
+    other = {"method": "sds", "target": "a clown", "diversity": 0.5}
+    out.write_text(json.dumps({"runs/other": other, str(finished): other}))
+    rows = score(finished, out)
+    assert rows["runs/other"] == other and rows[str(finished)]["method"] == "gca3d"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '[{"method": 1}]', '{"a": {"b": 1}}', "no json"])
+def test_a_foreign_file_is_left_alone(finished, tmp_path, text):
+    out = tmp_path / "results.json"
+    out.write_text(text)
+    with pytest.raises(ValueError, match="results.json"):
+        score(finished, out)
+    assert out.read_text() == text
+
+
+def test_a_folder_as_output_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        score(finished, tmp_path)
+
+
+def test_every_run_is_checked_before_any_is_scored(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "score_run", None)
+    file, out = finished / "generator.safetensors", tmp_path / "new" / "results.json"
     with pytest.raises(ValueError, match="no run folder"):
-        evaluation.main(Config(ckpt=(file,), out=tmp_path / "results.json", samples=8))
-    assert not (tmp_path / "results.json").exists()
+        evaluation.main(Config(ckpt=(finished, file), out=out))
+    with pytest.raises(ValueError, match="name a run"):
+        evaluation.main(Config(ckpt=(), out=out))
+    assert not out.parent.exists()
+
+
+def test_settings_without_a_key_are_refused_by_name(copied, tmp_path):
+    path = copied / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "method"}))
+    with pytest.raises(ValueError, match=r"config.json.*method"):
+        score(copied, tmp_path / "results.json")
+
+
+def test_a_run_without_result_is_refused(copied, tmp_path):
+    (copied / "generator.safetensors").unlink()
+    with pytest.raises(ValueError, match="no generator.safetensors"):
+        score(copied, tmp_path / "results.json")
+
+
+def test_a_generator_of_infinite_pictures_is_refused_by_name(copied, tmp_path):
+    G = build_generator()
+    for weight in G.superresolution.parameters():
+        weight.data.fill_(float("nan"))
+    save_generator(G, copied / "generator.safetensors")
+    with pytest.raises(ValueError, match=f"{copied}.*not finite"):
+        score(copied, tmp_path / "results.json")
+
+
+def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
+    log = copied / "log.jsonl"
+    whole = evaluation.cost(copied)
+    with log.open("a") as file:
+        file.write('{"step": 3, "seco')
+    assert evaluation.cost(copied) == whole
+    log.write_text('{"seconds": 1, "peak_gb": 2.5}\n{"seconds": 3, "peak_gb": 4.5}\n')
+    assert evaluation.cost(copied) == pytest.approx(
+        {"step_seconds": 2, "steps_minutes": 4 / 60, "peak_gb": 4.5}
+    )
+    log.write_text("[]\n")
+    with pytest.raises(ValueError, match="log.jsonl"):
+        evaluation.cost(copied)
+    log.unlink()
+    assert evaluation.cost(copied) == {}
+
+
+def people(count, seed=0):
+    """Return latents and camera labels of puppets."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(count, heads.Z_DIM, generator=generator)
+    return z, CAMERAS.label(*(torch.rand(2, count, generator=generator) - 0.5))
+
+
+class TrueOracle:
+    """An oracle that reads everything right off pictures in the order of `people`."""
+
+    def __init__(self, z, c, domain):
+        logits = F.one_hot(torch.tensor(DOMAIN_NAMES.index(domain)), len(DOMAIN_NAMES)).float()
+        self.answer = logits.expand(len(z), -1), heads.identity(z), oracle.camera_direction(c)
+
+    def __call__(self, images):
+        return self.answer
+
+
+def test_true_pictures_score_perfectly():
+    z, c = people(2)
+    truth = heads.render(z, c, "bronze")[0]
+    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, z, c, "bronze")
+    expected = {"id": 1, "pose_deg": 0, "domain": 1}
+    expected |= {f"true_{name}": value for name, value in expected.items()} | {"l1": 0}
+    assert scores == pytest.approx({f"oracle_{k}": v for k, v in expected.items()}, abs=1e-4)
+
+
+def test_another_domain_person_and_camera_are_told_from_the_truth():
+    (z, c), (other_z, other_c) = people(2), people(2, seed=1)
+    eye = TrueOracle(other_z, other_c, "clown")
+    black = -torch.ones(2, 3, oracle.SIZE, oracle.SIZE)
+    scores = oracle.compare(eye, black, z, c, "bronze")
+    known = evaluation.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
+    assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
+    assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
+    truth = heads.render(z, c, "bronze")[0]
+    assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
+
+
+def puppet_generator():
+    """Return a generator of 128 px pictures of puppets' latents, with random weights."""
+    torch.manual_seed(0)
+    G = TriPlaneGenerator(
+        z_dim=heads.Z_DIM,
+        c_dim=25,
+        w_dim=8,
+        img_resolution=oracle.SIZE,
+        img_channels=3,
+        mapping_kwargs={"num_layers": 1},
+        rendering_kwargs=RENDERING,
+        sr_kwargs={"channels": (4, 4), "input_resolution": 64},
+        channel_base=64,
+        channel_max=4,
+        plane_resolution=8,
+        plane_channels=4,
+        decoder_hidden=4,
+        feature_channels=4,
+    )
+    G.neural_rendering_resolution = 8
+    return G.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def puppet_run(copied, tmp_path):
+    """A run that adapted puppets to bronze, its row of eval.py, and a file of an oracle."""
+    save_generator(puppet_generator(), copied / "generator.safetensors")
+    prior = Path(shutil.copytree(world() / "diffusion", tmp_path / "diffusion"))
+    domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
+    (prior / "vocabulary.json").write_text(json.dumps({"words": [], "domains": domains}))
+    change_settings(copied, diffusion=str(prior))
+    out, weights = tmp_path / "results.json", tmp_path / "oracle.safetensors"
+    row = {"method": "gca3d", "target": "a bronze statue", "samples": 2, "seed": 5}
+    out.write_text(json.dumps({str(copied): row}))
+    torch.manual_seed(0)
+    save_file(oracle.Oracle().state_dict(), weights)
+    return oracle.Config(ckpt=(copied,), out=out, oracle=weights)
+
+
+def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
+    before = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
+    oracle.main(puppet_run)
+    row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
+    assert before.items() < row.items() and row["oracle_target"] == "bronze"
+    assert 0 < row["oracle_l1"] < 2 and 0 < row["oracle_true_pose_deg"] < 180
+    assert f"{row['oracle_l1']:.3f}" in capsys.readouterr().out
+
+
+def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(oracle, "compare", lambda _, images, z, c, d: seen.update(z=z, c=c) or {})
+    oracle.main(puppet_run)
+    G = puppet_generator()
+    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=2, seed=5))
+    assert torch.equal(seen["z"], views.z)
+    assert torch.equal(seen["c"], G.cameras.label(*views.angles.T))
+
+
+def test_oracle_reads_the_domain_of_a_picture(tmp_path):
+    z, c = people(1)
+    picture = Image.fromarray(to_uint8(heads.render(z, c, "devil", size=64)[0])[0])
+    save_image(picture, tmp_path / "reference.png")
+    eye = TrueOracle(z, c, "devil")
+    assert oracle.target_domain(tmp_path, {"prompt": None}, eye) == "devil"
+
+
+def test_oracle_refuses_what_it_cannot_judge(puppet_run, finished):
+    with pytest.raises(ValueError, match="run eval.py first"):
+        oracle.main(replace(puppet_run, ckpt=(finished,)))
+    with pytest.raises(ValueError, match="is missing"):
+        oracle.main(replace(puppet_run, oracle=finished / "oracle.safetensors"))
+    shutil.copy(finished / "generator.safetensors", puppet_run.ckpt[0])
+    with pytest.raises(ValueError, match="only of puppets"):
+        oracle.main(puppet_run)
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "DOCS", tmp_path)
+    return tmp_path
+
+
+def test_plan_covers_every_held_out_domain_and_keeps_seeds_apart():
+    runs = experiments.plan(0)
+    assert len(experiments.TEXT) >= 8 and set(HELD_OUT) <= set(experiments.TEXT)
+    assert len(set(experiments.COMPARED) & set(HELD_OUT)) >= 2
+    assert len(set(experiments.COMPARED) - set(HELD_OUT)) == 2
+    assert set(experiments.COMPARED) <= set(experiments.TEXT)
+    assert not runs.keys() & experiments.plan(1).keys()
+    assert all(options["seed"] == 0 for options in runs.values())
+
+
+def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
+    experiments.write_tables({})
+    row = {"method": "gca3d", "target": "x", "samples": 8, "seed": 5, "trunc": 1.0}
+    experiments.write_tables(
+        {"text-bronze-s0": row | {"clip_text": 0.5}, "image-devil-s0": row | {"clip_image": 0.25}}
+    )
+    text = (docs / "results.md").read_text()
+    assert "| run | target | samples | clip_text | clip_image |" in text
+    assert "| text-bronze | x | 8 | 0.500 |  |" in text
+    assert "| image-devil (held out) | x | 8 |  | 0.250 |" in text
+
+
+def test_tables_give_mean_and_deviation_over_seeds(docs):
+    row = {"method": "gca3d", "target": "x", "samples": 8}
+    scores = {}
+    for seed, shift in ((0, 0.1), (1, 0.3)):
+        for name in experiments.COMPARED:
+            scores[f"text-{name}-s{seed}"] = row | {"pose_deg": 2 + shift}
+            scores[f"without-mask-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
+    experiments.write_tables(scores)
+    text = (docs / "results.md").read_text()
+    assert "| text-clown | x | 8 | 2.200 ± 0.141 |" in text
+    assert "| gca3d | 2.200 ± 0.141 |" in text and "| without mask | 4.200 ± 0.141 |" in text
+    assert "without depth" not in text
+
+
+def test_experiments_score_again_what_has_other_samples(docs, monkeypatch):
+    scored = []
+
+    def score_run(ckpt, cfg, device):
+        scored.append((ckpt.name, cfg.samples))
+        return {"method": "gca3d", "target": "x", "samples": cfg.samples}
+
+    monkeypatch.setattr(experiments.train, "main", lambda cfg: None)
+    monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
+    monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
+    monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
+    for name in ("draw_reference", "draw_figures"):
+        monkeypatch.setattr(experiments, name, lambda _: None)
+    for samples in (8, 8, 16):
+        experiments.main(experiments.Config(only="text-bronze", samples=samples))
+    assert scored == [("text-bronze-s0", 8), ("text-bronze-s0", 16)]
+    row = json.loads((docs / "results.json").read_text())["text-bronze-s0"]
+    assert row["samples"] == 16 and row["oracle_l1"] == 0.1
