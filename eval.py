@@ -31,7 +31,7 @@ CELLS = 4  # Feature maps are averaged to this many cells per side: where things
 PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
 RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
 FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
-SETTINGS = {"generator", "diffusion", "clip", "prompt", "image", "method", "trunc"}
+SETTINGS = {"diffusion": str, "trunc": (int, float)}  # Read besides those of runs.SETTINGS_READ.
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 
@@ -122,9 +122,9 @@ def run_settings(ckpt: Path) -> dict:
     if not ckpt.is_dir():
         raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
     settings = read_settings(ckpt)
-    missing = sorted(SETTINGS - settings.keys())
-    if missing:
-        raise ValueError(f"{ckpt / 'config.json'} lacks {', '.join(missing)}")
+    for name, types in SETTINGS.items():
+        if not isinstance(settings.get(name), types):
+            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
     if not (ckpt / "generator.safetensors").exists():
         raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
     return settings
@@ -253,35 +253,47 @@ def _in_batches(
 
 def fidelity(
     clip: ClipFeatures, settings: dict, ckpt: Path, source: Renders, adapted: Renders, cfg: Config
-) -> dict[str, float]:
+) -> Row:
     """Compare with the prompt or picture, and count which of the known domains CLIP finds.
 
     Returns:
         `clip_text` and `clip_image`, mean cosines to the prompt and the picture, and their
-        `_gain` over the source; if the prior lists domains, `clip_share`, the share of pictures
-        that CLIP takes for `clip_domain`, the one nearest to what was asked for.
+        `_gain` over the source; what `domain_share` returns.
     """
     before, after = embed(clip, source.image, cfg), embed(clip, adapted.image, cfg)  # [N, D]
-    row = {}
+    targets = {}
     if settings["prompt"]:
-        target = clip.text([settings["prompt"]]).cpu()
-        row["clip_text"] = (after @ target.T).mean().item()
-        row["clip_text_gain"] = row["clip_text"] - (before @ target.T).mean().item()
+        targets["clip_text"] = clip.text([settings["prompt"]]).cpu()  # [1, D]
     if settings["image"]:
-        picture = embed(clip, to_image(read_picture(ckpt / "reference.png")), cfg)
-        row["clip_image"] = (after @ picture.T).mean().item()
-        row["clip_image_gain"] = row["clip_image"] - (before @ picture.T).mean().item()
-        target = picture if not settings["prompt"] else target
+        picture = to_image(read_picture(ckpt / "reference.png"))
+        targets["clip_image"] = embed(clip, picture, cfg)  # [1, D]
+    row: Row = {}
+    for name, target in targets.items():
+        row[name] = (after @ target.T).mean().item()
+        row[f"{name}_gain"] = row[name] - (before @ target.T).mean().item()
+    return row | domain_share(clip, settings, next(iter(targets.values())), after)
 
+
+def domain_share(clip: ClipFeatures, settings: dict, target: Tensor, after: Tensor) -> Row:
+    """Count the pictures that CLIP takes for the wanted domain, if the prior lists domains.
+
+    Args:
+        target: Embedding of the prompt or, without one, of the picture, [1, D].
+        after: Embeddings of the adapted pictures, [N, D].
+
+    Returns:
+        `clip_share` of the pictures, and `clip_domain`, the listed prompt counted as wanted: the
+        one nearest to `target`.
+    """
     known = list(known_domains(settings).values())
-    if known:
-        prompts = clip.text(known).cpu()
-        wanted = (target @ prompts.T).argmax().item()
-        if settings["prompt"]:  # The user's own words stand for the domain they are nearest to.
-            prompts[wanted] = target[0]
-        row["clip_share"] = ((after @ prompts.T).argmax(1) == wanted).float().mean().item()
-        row["clip_domain"] = known[wanted]
-    return row
+    if not known:
+        return {}
+    prompts = clip.text(known).cpu()  # [K, D]
+    wanted = (target @ prompts.T).argmax().item()
+    if settings["prompt"]:  # The user's own words stand for the domain they are nearest to.
+        prompts[wanted] = target[0]
+    found = (after @ prompts.T).argmax(1)  # [N]
+    return {"clip_share": (found == wanted).float().mean().item(), "clip_domain": known[wanted]}
 
 
 def known_domains(settings: dict) -> dict[str, str]:

@@ -220,12 +220,19 @@ def test_share_names_the_domain_that_counted(copied, tmp_path):
     assert row["clip_domain"] == "a bronze statue" and 0 <= row["clip_share"] <= 1
 
 
-def test_a_second_call_keeps_the_rows_of_other_runs(finished, tmp_path):
+def test_a_second_call_keeps_the_rows_of_other_runs(finished, tmp_path, monkeypatch):
     out = tmp_path / "results.json"
     other = {"method": "sds", "target": "a clown", "diversity": 0.5}
     out.write_text(json.dumps({"runs/other": other, str(finished): other}))
-    rows = score(finished, out)
-    assert rows["runs/other"] == other and rows[str(finished)]["method"] == "gca3d"
+    monkeypatch.setattr(evaluation, "score_run", lambda *_: other | {"diversity": 0.75})
+    assert score(finished, out) == {"runs/other": other, str(finished): other | {"diversity": 0.75}}
+
+
+def test_a_score_that_is_no_number_is_not_written(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "score_run", lambda *_: {"diversity": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        score(finished, tmp_path / "results.json")
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '[{"method": 1}]', '{"a": {"b": 1}}', "no json"])
@@ -252,11 +259,12 @@ def test_every_run_is_checked_before_any_is_scored(finished, tmp_path, monkeypat
     assert not out.parent.exists()
 
 
-def test_settings_without_a_key_are_refused_by_name(copied, tmp_path):
+@pytest.mark.parametrize("name", ["clip", "diffusion", "method", "prompt", "trunc"])
+def test_settings_without_a_key_are_refused_by_name(copied, tmp_path, name):
     path = copied / "config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "method"}))
-    with pytest.raises(ValueError, match=r"config.json.*method"):
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != name}))
+    with pytest.raises(ValueError, match=f"config.json.*'{name}'"):
         score(copied, tmp_path / "results.json")
 
 
@@ -311,7 +319,7 @@ class TrueOracle:
 
 
 def test_true_pictures_score_perfectly():
-    z, c = people(2)
+    z, c = people(1)
     truth = heads.render(z, c, "bronze")[0]
     scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, z, c, "bronze")
     expected = {"id": 1, "pose_deg": 0, "domain": 1}
@@ -320,9 +328,9 @@ def test_true_pictures_score_perfectly():
 
 
 def test_another_domain_person_and_camera_are_told_from_the_truth():
-    (z, c), (other_z, other_c) = people(2), people(2, seed=1)
+    (z, c), (other_z, other_c) = people(1), people(1, seed=1)
     eye = TrueOracle(other_z, other_c, "clown")
-    black = -torch.ones(2, 3, oracle.SIZE, oracle.SIZE)
+    black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
     scores = oracle.compare(eye, black, z, c, "bronze")
     known = evaluation.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
