@@ -119,7 +119,11 @@ class TokenFeatures:
         source = resolve_source(source)
         model_class = VIT_CLASSES[model_type(source, VIT_CLASSES)]
         model = load_network(model_class, source, optional=("pooler.",)).to(device)
-        return cls(model, **_input_format(source, model.config.image_size))
+        own_size = model.config.image_size
+        given = _input_format(source, own_size)
+        if model_class is ViTModel and given["size"] != own_size:  # DINOv2 adapts to any size.
+            raise ValueError(f"{source}: takes {own_size} px, its preprocessor gives {given}")
+        return cls(model, **given)
 
     @property
     def grid(self) -> int:

@@ -124,6 +124,16 @@ def test_the_commands_a_run_prints_work(tmp_path, call):
     assert (again[0], again[1]) == (0, text)
 
 
+def test_models_exports_its_names_and_imports_only_what_is_asked_for():
+    code = """
+import sys, models, models.cameras
+assert not {"diffusers", "transformers"} & sys.modules.keys()
+from models import ClipFeatures, DiffusionPrior, TokenFeatures, TriPlaneGenerator, load_generator
+assert set(models.__all__) <= set(dir())
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 # Refusals.
 
 

@@ -111,6 +111,9 @@ def test_original_dino_loads_without_its_pooler(tmp_path):
     )
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     assert TokenFeatures.from_pretrained(tmp_path).tokens(images()).shape == (2, 4, 4, 16)
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 24}')
+    with pytest.raises(ValueError, match="takes 32 px"):
+        TokenFeatures.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
