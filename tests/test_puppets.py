@@ -1,0 +1,131 @@
+"""The committed checkpoints of the embedded world: their formats, and that they are good."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.checkpoint import load_generator
+from models.diffusion import DiffusionPrior
+from models.features import ClipFeatures, TokenFeatures
+from puppets import heads
+from puppets.data import DOMAIN_NAMES
+from puppets.domains import DOMAINS, ODD_HAIR
+from puppets.oracle import angle_deg, load_oracle
+
+ROOT = Path(__file__).parents[1]
+PUPPETS = ROOT / "checkpoints/puppets"
+
+
+def fresh_heads(G, count: int, seed: int):
+    """Return latents and cameras that no training has drawn."""
+    rng = np.random.default_rng(seed)
+    z = torch.from_numpy(rng.standard_normal((count, heads.Z_DIM))).float()
+    angles = torch.from_numpy(rng.uniform(-1, 1, (2, count)) * [[0.6], [0.3]]).float()
+    return z, G.cameras.label(*angles)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator(PUPPETS / "generator.safetensors")
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return DiffusionPrior.from_pretrained(PUPPETS / "diffusion")
+
+
+def test_checkpoints_are_small():
+    sizes = [p.stat().st_size for p in PUPPETS.rglob("*") if p.is_file()]
+    assert sum(sizes) < 40e6 and max(sizes) < 15e6
+
+
+def test_generator_draws_the_person_that_the_latent_means(generator):
+    z, c = fresh_heads(generator, 8, seed=31)
+    truth, _, mask = heads.render(z, c)
+    torch.manual_seed(0)
+    ws = generator.mapping(z, generator.cameras.frontal(len(z)))
+    out = generator.synthesis(ws, c)
+    square = (out["image"].clamp(-1, 1) - truth).square().mean(1, keepdim=True)
+    front = 10 * torch.log10(4 * mask.sum((1, 2, 3)) / (square * mask).sum((1, 2, 3)))
+    assert front.mean() > 22
+    ours, theirs = out["mask"] > 0.5, F.avg_pool2d(mask, 2) > 0.5
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
+
+
+def test_clip_names_the_domains():
+    clip = ClipFeatures.from_pretrained(PUPPETS / "clip")
+    prompts = clip.text([spec.phrases[0] for spec in DOMAINS.values()])
+    rng = np.random.default_rng(8)
+    right = []
+    for i, name in enumerate(DOMAIN_NAMES):
+        z = torch.from_numpy(rng.standard_normal((3, heads.Z_DIM))).float()
+        c = torch.cat([heads_camera(rng) for _ in range(3)])
+        found = (clip.images(heads.render(z, c, name)[0]) @ prompts.T).argmax(1)
+        right.append((found == i).float().mean())
+    assert torch.stack(right).mean() > 0.9
+
+
+def heads_camera(rng: np.random.Generator) -> torch.Tensor:
+    from puppets.data import CAMERAS
+
+    return CAMERAS.label(*torch.from_numpy(rng.uniform(-1, 1, (2, 1)) * [[0.6], [0.3]]).float())
+
+
+def test_prior_is_complete_and_knows_the_words_of_every_caption(prior):
+    assert prior.controlnet is not None and prior.image_encoder is not None
+    rng = np.random.default_rng(0)
+    z = torch.from_numpy(rng.standard_normal((40, heads.Z_DIM))).float()
+    for name, spec in DOMAINS.items():
+        hair = list(ODD_HAIR) if spec.attributes else [None]
+        for i in range(40):
+            text = heads.caption(z[i], name, rng, hair[i % len(hair)])
+            assert prior.unknown_words(text) == [], text
+    assert prior.unknown_words("a bronze chandelier") == ["chandelier"]
+
+
+def test_prior_denoises_towards_the_prompt(prior):
+    z, c = torch.randn(2, heads.Z_DIM), heads_camera(np.random.default_rng(1)).repeat(2, 1)
+    latents = prior.encode_images(heads.render(z, c, "alien")[0])
+    noise, t = torch.randn_like(latents), torch.tensor([600, 600])
+    abar = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    errors = {}
+    for prompt in ("a blue alien", "a marble statue"):
+        text = prior.encode_text([prompt]).repeat(2, 1, 1)
+        errors[prompt] = (prior.predict_noise(noisy, t, text) - noise).square().mean()
+    assert errors["a blue alien"] < 0.8 * errors["a marble statue"]
+
+
+def test_vit_gives_a_grid_of_tokens():
+    vit = TokenFeatures.from_pretrained(PUPPETS / "dino")
+    assert vit.tokens(torch.zeros(1, 3, 128, 128)).shape[:3] == (1, 16, 16)
+
+
+def test_oracle_reads_domain_and_camera():
+    oracle = load_oracle()
+    rng = np.random.default_rng(4)
+    z = torch.from_numpy(rng.standard_normal((6, heads.Z_DIM))).float()
+    c = torch.cat([heads_camera(rng) for _ in range(6)])
+    domain, _, camera = oracle(heads.render(z, c, "bronze")[0])
+    assert (domain.argmax(1) == DOMAIN_NAMES.index("bronze")).float().mean() > 0.8
+    assert angle_deg(camera, F.normalize(c[:, 3:12:4], dim=1)).mean() < 4
+
+
+def test_report_has_every_part():
+    report = (PUPPETS / "REPORT.md").read_text()
+    for part in ("clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator"):
+        assert f"\n## {part}\n" in report, part
+    json.loads((PUPPETS / "diffusion/vocabulary.json").read_text())
+
+
+def test_nothing_outside_the_world_imports_it():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "puppets" for name in names), path
