@@ -84,9 +84,8 @@ BASES = {
     "ffhq": STABLE_DIFFUSION,
     "afhq": STABLE_DIFFUSION,
 }
-TUNED: dict[tuple[str, str], dict] = {
-    ("puppets", "gca3d"): {"hsc_weight": 0.05}
-}  # (base, method): what suits neither row alone.
+# (base, method): what suits neither row alone.
+TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
 
 # Names of the parameters that learn, per method. Biases, const and noise strengths stay: they would
 # let every head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them too).
