@@ -461,7 +461,7 @@ def _sketch(base: Tensor, light: Tensor, kind: Tensor, point: Tensor) -> Tensor:
 
 def outline(t: Tensor, index: Tensor) -> Tensor:
     """Pencil lines of a picture: jumps of depth or of part, [B, S, S] bool."""
-    d = t.nan_to_num(posinf=4.0)
+    d = torch.where(t.isfinite(), t, 4.0)  # Where nothing is hit, a wall far behind.
     edge = torch.zeros_like(index, dtype=torch.bool)
     for dim in (1, 2):
         jump = (d.diff(dim=dim).abs() > 0.018) | (
