@@ -143,6 +143,7 @@ def hsc_loss(
     grids: Sequence[int | None] = (4, 8, None),
     weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
     temperature: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Hierarchical spatial consistency (GCA-3D, arXiv:2412.15491, L_HSC).
 
@@ -157,6 +158,8 @@ def hsc_loss(
         grids: Cells per side at each level; None is the full grid.
         weights: One per level.
         temperature: Divides the cosines.
+        mask: Cells count by their share of it; None counts all alike. Cells of an empty background
+            cannot be told apart: without a mask the loss asks for a background that can.
 
     Raises:
         ValueError: shapes differ, a level is finer than the tokens, or has no weight.
@@ -168,12 +171,17 @@ def hsc_loss(
     if len(weights) != len(cells) or max(cells) > side:
         raise ValueError(f"levels {cells} with weights {weights} do not fit {side} x {side} tokens")
 
+    if mask is None:
+        mask = tokens.new_ones(len(tokens), 1, side, side)
+    _check_shape("mask", mask, (len(tokens), 1, None, None))
     total = tokens.new_zeros(len(tokens))  # [B]
     for cell, weight in zip(cells, weights, strict=True):
         adapted, source = _pool(tokens, cell), _pool(tokens_src.detach(), cell)  # [B, cell^2, D]
         logits = adapted @ source.mT / temperature  # [B, cell^2 adapted, cell^2 source]
         own_place = torch.arange(cell * cell, device=tokens.device).expand(len(tokens), -1)
-        total = total + weight * F.cross_entropy(logits.mT, own_place, reduction="none").mean(1)
+        losses = F.cross_entropy(logits.mT, own_place, reduction="none")  # [B, cell^2]
+        share = F.adaptive_avg_pool2d(mask, cell).flatten(1)  # [B, cell^2]
+        total = total + weight * (losses * share).sum(1) / share.sum(1).clamp_min(1e-6)
     return total
 
 

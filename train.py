@@ -413,7 +413,8 @@ def objective(
     def hsc(images: Tensor, batch: Batch) -> Tensor:
         tokens, tokens_src = vit.tokens(images), vit.tokens(batch.source["image"])  # [B, g, g, D]
         level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
-        return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature)
+        mask = batch.source["mask"] if cfg.mask else None
+        return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature, mask)
 
     cells = (prior.image_size // prior.vae_scale_factor) ** 2
     return {

@@ -21,7 +21,16 @@ from transformers import (
 from models.features import ClipFeatures, clip_preprocess, clip_tokenize
 from puppets.data import DOMAIN_NAMES, ROOT, load, to_images
 from puppets.domains import DOMAINS
-from puppets.pretrain import DIFFUSION, EAGER, OUT, Config, fit, percent, report
+from puppets.pretrain import (
+    DIFFUSION,
+    EAGER,
+    OUT,
+    Config,
+    fit,
+    percent,
+    report,
+    warm_start,
+)
 
 LENGTH = 32  # Tokens a prompt can have.
 WIDTH = 128  # Of text and picture embeddings.
@@ -75,26 +84,39 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train(cfg: Config) -> None:
-    """Train the CLIP pair (InfoNCE; captions that read the same count as the same)."""
-    data = load(keys=("rgb", "caption"))
+    """Train the CLIP pair: InfoNCE over captions and over the domains' own prompts.
+
+    Captions that read the same count as the same. With `--warm-start` the text tower, which the
+    UNet has learnt to read, is locked and the picture tower goes on alone (LiT, arXiv:2111.07991).
+    """
+    data = load(keys=("rgb", "caption", "domain"))
     tokenizer = train_tokenizer()
     torch.manual_seed(0)
-    model = build_clip(tokenizer).to(cfg.device)
-    names = data["caption"].astype(str)
+    model = build_clip(tokenizer)
+    warm_start(cfg, model, OUT / "clip/model.safetensors")
+    model.to(cfg.device)
+    for part in (model.text_model, model.text_projection):
+        part.requires_grad_(not cfg.warm_start)
+    names, domain = data["caption"].astype(str), torch.from_numpy(data["domain"])
     _, group = np.unique(names, return_inverse=True)
     group = torch.from_numpy(group)
     ids = clip_tokenize(tokenizer, names.tolist(), LENGTH)
+    prompts = [spec.phrases[0] for spec in DOMAINS.values()]
+    prompt_ids = clip_tokenize(tokenizer, prompts, LENGTH).to(cfg.device)  # [K, L]
 
     def terms(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(names), (96,))
         images = jitter(to_images(data["rgb"][rows.numpy()]).to(cfg.device))
-        out = model(input_ids=ids[rows].to(cfg.device), pixel_values=clip_preprocess(images, 128))
+        words = torch.cat([ids[rows].to(cfg.device), prompt_ids])
+        out = model(input_ids=words, pixel_values=clip_preprocess(images, 128))
         same = (group[rows, None] == group[rows]).to(cfg.device, torch.float32)
         target = same / same.sum(1, keepdim=True)
-        logits = out.logits_per_image.float()
-        return {"nce": (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2}
+        logits, among_domains = out.logits_per_image.float().split([96, len(prompts)], dim=1)
+        nce = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return {"nce": nce, "domain": F.cross_entropy(among_domains, domain[rows].to(cfg.device))}
 
-    minutes = fit("clip", model.parameters(), terms, cfg, steps=450, lr=1e-3, weight_decay=0.05)
+    params = [p for p in model.parameters() if p.requires_grad]
+    minutes = fit("clip", params, terms, cfg, steps=450, lr=1e-3, weight_decay=0.05)
     model = model.to("cpu").eval()
     model.half().save_pretrained(OUT / "clip")
     tokenizer.save_pretrained(OUT / "clip")

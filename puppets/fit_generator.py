@@ -17,7 +17,7 @@ from models.checkpoint import atomic_write, load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from puppets import heads
 from puppets.data import CAMERAS, ROOT, to_images
-from puppets.pretrain import OUT, Config, fit, report, save_sheet
+from puppets.pretrain import OUT, Config, fit, report, save_sheet, warm_start
 from render import to_uint8
 
 NEAR, FAR = 2.30, 2.85  # Where a camera's rays can meet a head.
@@ -178,9 +178,14 @@ def picture_terms(
 
 
 def train(cfg: Config) -> None:
-    """Train points, then pictures and points together; write the generator and its figures."""
+    """Train points, then pictures and points together; write the generator and its figures.
+
+    A warm start goes on with the pictures.
+    """
     torch.manual_seed(0)
-    G = build_generator().to(cfg.device).train().requires_grad_(True)
+    G = build_generator()
+    warm_start(cfg, G, OUT / "generator.safetensors")
+    G.to(cfg.device).train().requires_grad_(True)
     for name, p in G.named_parameters():
         p.requires_grad_("noise_strength" not in name)
     named = [(n, p) for n, p in G.named_parameters() if p.requires_grad]
@@ -200,7 +205,9 @@ def train(cfg: Config) -> None:
         ws, planes = styles(z)
         return point_terms(G, planes, ws, z, rays=768)
 
-    minutes = fit("generator-points", groups, points, cfg, steps=3500, lr=5e-3)
+    minutes = 0.0
+    if not cfg.warm_start:
+        minutes = fit("generator-points", groups, points, cfg, steps=3500, lr=5e-3)
 
     data = source_pictures(4000, seed=11)
 

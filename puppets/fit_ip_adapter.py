@@ -46,7 +46,7 @@ def train(cfg: Config) -> None:
         }
         save_file(flat, folder / "ip-adapter_sd15.safetensors")
 
-    if not (ROOT / "ip-adapter.pt").exists():
+    if not cfg.warm_start and not (ROOT / "ip-adapter.pt").exists():
         write()
     prior = DiffusionPrior.from_pretrained(DIFFUSION)
     # The trained tensors, in the order in which they were written.

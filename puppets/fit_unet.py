@@ -20,7 +20,7 @@ from models.features import ClipFeatures, clip_tokenize
 from puppets.data import ROOT, load, to_images
 from puppets.domains import DOMAINS
 from puppets.fit_clip import LENGTH, WIDTH, classify
-from puppets.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet
+from puppets.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet, warm_start
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -130,7 +130,8 @@ def train(cfg: Config) -> None:
     controlnet = ControlNetModel.from_config(
         dict(controlnet.config) | {"conditioning_embedding_out_channels": (8, 16, 32, 64)}
     )
-    for network in (unet, controlnet):
+    for network, folder in ((unet, "unet"), (controlnet, "controlnet")):
+        warm_start(cfg, network, DIFFUSION / folder / "diffusion_pytorch_model.safetensors")
         network.to(cfg.device)
         network.set_attn_processor(AttnProcessor())
     abar = scheduler().alphas_cumprod.to(cfg.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,13 +22,12 @@ import eval as evaluation
 from eval import angle_deg
 from models.cameras import split_label
 from models.features import ClipFeatures
-from puppets import pretrain
-from puppets.data import DOMAIN_NAMES, load, to_images
+from puppets.data import DOMAIN_NAMES
 from puppets.heads import Z_DIM, identity, render
 from render import load_run, read_picture, to_image
 from runs import locate, run_cli
 
-ORACLE = pretrain.OUT / "oracle.safetensors"
+ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 SIZE = 128  # Height and width of the pictures it reads, pixels.
 BATCH = 48
 
@@ -189,58 +188,6 @@ def load_oracle(path: Path = ORACLE) -> Oracle:
     oracle = Oracle()
     oracle.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return oracle.eval().requires_grad_(False)
-
-
-def train_oracle(cfg: pretrain.Config) -> None:
-    """Train and write the oracle."""
-    pictures, people, cameras, domains = load_pictures(validation=False)
-    torch.manual_seed(0)
-    oracle = Oracle().to(cfg.device).to(memory_format=torch.channels_last)
-
-    def terms(step: int) -> dict[str, Tensor]:
-        rows, which = torch.randint(len(people), (BATCH,)), step % 2
-        images = to_images(pictures[which][rows.numpy()])  # [B, 3, 128, 128]
-        images = images + 0.04 * torch.randn(images.shape)
-        domain, z, camera = oracle(
-            images.contiguous(memory_format=torch.channels_last).to(cfg.device)
-        )
-        return {
-            "domain": 0.3 * F.cross_entropy(domain, domains[rows].to(cfg.device)),
-            "identity": (z - people[rows].to(cfg.device)).square().mean(),
-            "camera": 20 * (camera - cameras[which][rows].to(cfg.device)).square().sum(1).mean(),
-        }
-
-    minutes = pretrain.fit(
-        "oracle", oracle.parameters(), terms, cfg, steps=1200, lr=1.5e-3, weight_decay=0.05
-    )
-    save_file({k: v.half().contiguous() for k, v in oracle.cpu().state_dict().items()}, ORACLE)
-    report_oracle(load_oracle(), cfg, minutes)
-
-
-def load_pictures(
-    validation: bool,
-) -> tuple[list, Tensor, list[Tensor], Tensor]:
-    """Read rendered heads: two views [N, 128, 128, 3] uint8, identity, two cameras, domain."""
-    raw = load(validation, keys=("rgb", "view", "z", "c", "c2", "domain"))
-    cameras = [camera_direction(torch.from_numpy(raw[key])) for key in ("c", "c2")]  # [N, 3] each
-    people = identity(torch.from_numpy(raw["z"]))  # [N, 16]
-    return [raw["rgb"], raw["view"]], people, cameras, torch.from_numpy(raw["domain"])
-
-
-@torch.no_grad()
-def report_oracle(oracle: Oracle, cfg: pretrain.Config, minutes: float) -> None:
-    """Write what the oracle reads off heads that it was not trained on to REPORT.md."""
-    pictures, people, cameras, domains = load_pictures(validation=True)
-    parts = [oracle(to_images(pictures[0][i : i + 64])) for i in range(0, len(people), 64)]
-    domain, z, camera = (torch.cat(x) for x in zip(*parts, strict=True))
-    match = (z @ people.T).argmax(1) == torch.arange(len(people))
-    figures = {
-        "held-out renders whose domain it names": pretrain.percent(domain.argmax(1) == domains),
-        f"whose person it finds among {len(people)}": pretrain.percent(match),
-        "cosine of the identity": f"{F.cosine_similarity(z, people).mean():.3f}",
-        "camera error [deg]": f"{angle_deg(camera, cameras[0]).mean():.2f}",
-    }
-    pretrain.report("oracle", cfg, minutes, figures)
 
 
 if __name__ == "__main__":

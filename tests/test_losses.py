@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_prior import FakePrior
 
 from losses import coarse_to_fine, dsds_loss, guided_noise, hsc_loss, sds_loss
@@ -139,6 +140,21 @@ def test_hsc_judges_every_image_by_itself():
     tokens, source = torch.randn(2, 3, 8, 8, 5)
     alone = torch.cat([hsc_loss(a[None], s[None]) for a, s in zip(tokens, source, strict=True)])
     torch.testing.assert_close(hsc_loss(tokens, source), alone)
+
+
+def test_hsc_counts_cells_by_their_share_of_the_mask():
+    tokens, source = torch.randn(2, 2, 4, 4, 6)  # [B, g, g, D] each.
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :2, :2], mask[1, :, 6:, 2:4] = 1, 1  # Cells (0, 0) and (3, 1).
+    loss = hsc_loss(tokens, source, grids=(None,), weights=(1.0,), mask=mask)
+    adapted, true = (F.normalize(x, dim=-1).flatten(1, 2) for x in (tokens, source))
+    cosines = adapted @ true.mT  # [B, 16, 16]
+    nce = -(10 * cosines).log_softmax(2).diagonal(dim1=1, dim2=2)  # [B, 16]
+    torch.testing.assert_close(loss, torch.stack([nce[0, 0], nce[1, 13]]))
+    levels = {"grids": (2, None), "weights": (0.7, 0.2)}
+    everywhere = hsc_loss(tokens, source, mask=torch.ones(2, 1, 8, 8), **levels)
+    torch.testing.assert_close(everywhere, hsc_loss(tokens, source, **levels))
+    assert hsc_loss(tokens, source, mask=torch.zeros(2, 1, 8, 8), **levels).eq(0).all()
 
 
 def test_hsc_averages_tokens_to_each_levels_grid_and_weighs_the_levels():
