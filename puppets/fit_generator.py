@@ -168,12 +168,12 @@ def picture_terms(
     grad = sum((fine.narrow(d, 1, 127) * error.diff(dim=d).abs()).mean() for d in (2, 3))
     raw_grad = sum((weight.narrow(d, 1, 63) * raw_error.diff(dim=d).abs()).mean() for d in (2, 3))
     return {
-        "image": (fine * (error.abs() + error.square())).mean() + 0.5 * grad,
-        "raw": 0.5 * (weight * (raw_error.abs() + raw_error.square())).mean() + 0.25 * raw_grad,
+        "image": (fine * (error.abs() + 4 * error.square())).mean() + 0.5 * grad,
+        "raw": 0.5 * (weight * (raw_error.abs() + 4 * raw_error.square())).mean() + 0.25 * raw_grad,
         "depth": 2.0
         * (solid * (out["image_depth"].float() - depth).abs()).sum()
         / solid.sum().clamp(min=1),
-        "acc": 1.5 * (out["acc"].float() - mask).square().mean(),
+        "acc": 4.0 * (out["acc"].float() - mask).square().mean(),
     }
 
 

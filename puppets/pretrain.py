@@ -31,6 +31,7 @@ OUT = Path("checkpoints/puppets")
 DIFFUSION = OUT / "diffusion"
 EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 SAVE_SECONDS = 180
+WARM_RATE = 0.4  # Of the learning rate: the full one would first undo what a warm start knows.
 Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator"]
 
 
@@ -92,6 +93,7 @@ def fit(
     groups = params if isinstance(params, dict) else {1.0: list(params)}
     params = [p for group in groups.values() for p in group]
     steps = cfg.steps or steps
+    lr = lr * WARM_RATE if cfg.warm_start else lr
     path = ROOT / f"{name}.pt"
     optimizer = torch.optim.AdamW(
         [{"params": group, "factor": factor} for factor, group in groups.items()],
