@@ -66,6 +66,9 @@ class Renders:
     front: Tensor  # Frontal camera, [N, 3, R, R].
 
 
+Sources = dict[tuple, tuple[Renders, Renders]]  # Source and pose probe, by what they hang on.
+
+
 def main(cfg: Config) -> None:
     """Score every run and write the table.
 
@@ -83,8 +86,9 @@ def main(cfg: Config) -> None:
         run_settings(ckpt)
     device = pick_device(cfg.device)
     make_folder(cfg.out.absolute().parent)
+    sources: Sources = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
-        rows[str(ckpt)] = score_run(ckpt, cfg, device)
+        rows[str(ckpt)] = score_run(ckpt, cfg, device, sources)
         write_rows(cfg.out, rows)
     print_table(rows)
 
@@ -130,11 +134,15 @@ def run_settings(ckpt: Path) -> dict:
     return settings
 
 
-def score_run(ckpt: Path, cfg: Config, device: torch.device) -> Row:
+def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -> Row:
     """Return the settings and scores of one run.
 
     What the scores mean is said where they are computed: `fidelity`, `pose`, `identity`,
     `depth_correlation`, `cost`.
+
+    Args:
+        sources: Renders of the source that the run before was scored with, or nothing; they are
+            used again if this run has the same source, else replaced.
 
     Raises:
         ValueError: the path is no run folder, or its generator draws what cannot be scored.
@@ -143,9 +151,13 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device) -> Row:
     G, G_src, _ = load_run(ckpt, device)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]), device)
     views, probe_views = draw_views(G, cfg)
-    source = render_all(G_src, views, settings["trunc"], cfg, "source")
+    key = (settings["generator"], settings["trunc"], cfg.samples, cfg.seed)
+    if key not in sources:
+        sources.clear()
+        probes = render_all(G_src, probe_views, settings["trunc"], cfg, "pose probe", front=False)
+        sources[key] = render_all(G_src, views, settings["trunc"], cfg, "source"), probes
+    source, probes = sources[key]
     adapted = render_all(G, views, settings["trunc"], cfg, "adapted")
-    probes = render_all(G_src, probe_views, settings["trunc"], cfg, "pose probe", front=False)
 
     row: Row = {"method": settings["method"], "target": target_name(settings)}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}

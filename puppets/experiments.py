@@ -52,7 +52,9 @@ class Config:
     only: str = ""  # Part of the names of the runs to do; empty: all.
     seed: int = 0  # Of the training runs.
     samples: int = 256  # Latents that each run is scored on.
-    threads: int = 2  # CPU threads.
+    threads: int = 1  # CPU threads; two workers of one thread are faster than one of two.
+    worker: int = 0  # Which of `workers` this process is.
+    workers: int = 1  # Processes that share the runs.
 
 
 def plan(seed: int) -> dict[str, dict]:
@@ -78,17 +80,16 @@ def main(cfg: Config) -> None:
     for domain in PICTURE:
         draw_reference(domain)
     path = DOCS / "results.json"
-    scores = evaluation.read_rows(path)
-    eye = oracle.load_oracle()
+    eye, sources = oracle.load_oracle(), {}
     runs = {name: options for name, options in plan(cfg.seed).items() if cfg.only in name}
-    for name, options in tqdm(runs.items(), unit="run"):
+    for name, options in tqdm(list(runs.items())[cfg.worker :: cfg.workers], unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
-        if scores.get(name, {}).get("samples") != cfg.samples:
+        if evaluation.read_rows(path).get(name, {}).get("samples") != cfg.samples:
             settings = evaluation.Config(ckpt=(), samples=cfg.samples)
-            row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"))
-            scores[name] = row | oracle.score_run(RUNS / name, row, eye)
-            evaluation.write_rows(path, scores)
-    write_tables(scores)
+            row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"), sources)
+            row |= oracle.score_run(RUNS / name, row, eye)
+            evaluation.write_rows(path, evaluation.read_rows(path) | {name: row})
+    write_tables(evaluation.read_rows(path))
     draw_figures(cfg.seed)
 
 

@@ -196,6 +196,23 @@ def test_scores_do_not_depend_on_the_batch(finished, tmp_path):
     assert {k: second[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
 
 
+def test_runs_share_the_renders_of_one_source_but_not_of_another(finished, copied, tmp_path):
+    alone = score(finished, tmp_path / "a.json")[str(finished)]
+    drawn, render_all = [], evaluation.render_all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluation, "render_all", lambda *a, **k: drawn.append(a[4]) or render_all(*a, **k)
+        )
+        cfg = Config(ckpt=(finished, copied), out=tmp_path / "b.json", samples=8, device="cpu")
+        evaluation.main(cfg)
+        assert drawn == ["pose probe", "source", "adapted", "adapted"]
+        change_settings(copied, trunc=0.5)
+        evaluation.main(cfg)
+        assert drawn[4:] == ["pose probe", "source", "adapted"] * 2
+    row = json.loads(cfg.out.read_text())[str(finished)]
+    assert row == alone
+
+
 def test_a_run_is_rendered_with_its_own_truncation(copied, tmp_path):
     change_settings(copied, trunc=0.5)
     views, _ = evaluation.draw_views(build_generator(), cfg := replace(CFG, samples=2))
@@ -460,7 +477,7 @@ def test_tables_give_mean_and_deviation_over_seeds(docs):
 def test_experiments_score_again_what_has_other_samples(docs, monkeypatch):
     scored = []
 
-    def score_run(ckpt, cfg, device):
+    def score_run(ckpt, cfg, device, sources):
         scored.append((ckpt.name, cfg.samples))
         return {"method": "gca3d", "target": "x", "samples": cfg.samples}
 
