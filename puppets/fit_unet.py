@@ -67,9 +67,10 @@ def write_model_index() -> None:
 
 @torch.no_grad()
 def prepare_latents(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
-    """Encode pictures, [N, H, W, 3] uint8 -> [N, 4, h, w] scaled; kept for the same VAE."""
+    """Encode pictures, [N, H, W, 3] uint8 -> [N, 4, h, w] scaled; kept for the same encoder."""
     path = ROOT / "latents.pt"
-    key = [len(pixels), sum(p.double().abs().sum().item() for p in vae.parameters())]
+    weights = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    key = [len(pixels), sum(p.double().abs().sum().item() for p in weights)]
     if path.exists() and (kept := torch.load(path, weights_only=True))["key"] == key:
         return kept["latents"]
     parts = [
