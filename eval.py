@@ -25,13 +25,22 @@ from models.checkpoint import atomic_write
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
 from render import load_run, read_picture, to_image
-from runs import check_folder, locate, make_folder, pick_device, read_settings, run_cli
+from runs import (
+    check_folder,
+    fingerprint_generator,
+    locate,
+    make_folder,
+    pick_device,
+    read_settings,
+    run_cli,
+)
 
 CELLS = 4  # Feature maps are averaged to this many cells per side: where things are, roughly.
 PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
 RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
 FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
-SETTINGS = {"diffusion": str, "trunc": (int, float)}  # Read besides those of runs.SETTINGS_READ.
+# Read besides those of runs.SETTINGS_READ.
+SETTINGS = {"diffusion": str, "steps": int, "trunc": (int, float)}
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 
@@ -80,6 +89,8 @@ def main(cfg: Config) -> None:
             f"--ckpt must name a run, --samples be at least 8 and --batch 1, "
             f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
         )
+    if not 0 <= cfg.seed < 2**62:
+        raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
     check_folder(cfg.out.absolute().parent)
     rows = read_rows(cfg.out)
     for ckpt in cfg.ckpt:
@@ -149,9 +160,11 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     """
     settings = run_settings(ckpt)
     G, G_src, _ = load_run(ckpt, device)
+    if G_src is None:
+        raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]), device)
     views, probe_views = draw_views(G, cfg)
-    key = (settings["generator"], settings["trunc"], cfg.samples, cfg.seed)
+    key = (fingerprint_generator(G_src), settings["trunc"], cfg.samples, cfg.seed)
     if key not in sources:
         sources.clear()
         probes = render_all(G_src, probe_views, settings["trunc"], cfg, "pose probe", front=False)
@@ -160,6 +173,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     adapted = render_all(G, views, settings["trunc"], cfg, "adapted")
 
     row: Row = {"method": settings["method"], "target": target_name(settings)}
+    row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
     try:
         row |= fidelity(clip, settings, ckpt, source, adapted, cfg)

@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
-from runs import check_folder, locate, make_folder, pick_device, read_settings, run_cli
+from runs import (
+    check_folder,
+    fingerprint_generator,
+    locate,
+    make_folder,
+    pick_device,
+    read_settings,
+    run_cli,
+)
 
 VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
 PITCH = -0.2
@@ -81,7 +89,7 @@ def load_run(
 
     Returns:
         The adapted generator; the source generator, None for a file, and with a warning where it
-        is gone; the run's settings.
+        is gone or no longer what the run started from; the run's settings.
 
     Raises:
         ValueError: see `load_generator`; or config.json cannot be read.
@@ -91,10 +99,13 @@ def load_run(
         return G, None, {}
     settings = read_settings(Path(ckpt))
     try:
-        return G, load_generator(locate(settings["generator"]), device), settings
+        G_src = load_generator(locate(settings["generator"]), device)
+        if fingerprint_generator(G_src) != settings.get("generator_weights"):
+            raise ValueError(f"{settings['generator']} has changed since")
     except ValueError as error:
         print(f"warning: no source generator for {ckpt} ({error})", file=sys.stderr)
         return G, None, settings
+    return G, G_src, settings
 
 
 def seed_to_z(seed: int, z_dim: int) -> Tensor:

@@ -9,12 +9,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import tyro
+from torch import nn
 
 from models.checkpoint import atomic_write
 
@@ -62,6 +65,27 @@ def options_settled() -> Iterator[None]:
 
 
 @contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes of this user and machine from the same run folder, until this one ends.
+
+    Raises:
+        ValueError: another process is at work on it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody is kept out.
+        yield
+        return
+    name = f"run-{os.getuid()}-{zlib.crc32(os.fsencode(folder.resolve())):08x}.lock"
+    with open(Path(tempfile.gettempdir(), name), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Gone with the process, also by kill.
+        except BlockingIOError as error:
+            raise ValueError(f"--out {folder}: another process is training there") from error
+        yield
+
+
+@contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """Collect Ctrl+C and SIGTERM in a list, to be read between two steps; a second one kills."""
     received: list[int] = []
@@ -94,6 +118,18 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from error
+
+
+def peak_gb(device: torch.device) -> float:
+    """Return the most memory used so far: a GPU's own, else the whole process's; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows.
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # Bytes on a Mac, else kilobytes.
 
 
 def portable(source: str) -> str:
@@ -171,17 +207,20 @@ def check_run(folder: Path, settings: dict, free: set[str]) -> None:
         free: Settings that may change between a run and its resume.
 
     Raises:
-        ValueError: naming the settings that differ.
+        ValueError: naming the settings that differ, or another program's files in the way.
     """
     if not (folder / "config.json").exists():
-        if any(folder.glob("ckpt-*.pt")):
-            raise ValueError(f"--out {folder} holds checkpoints of a run but no config.json")
+        found = sorted(path.name for name in RUN_FILES for path in folder.glob(name))
+        if found:
+            raise ValueError(f"--out {folder} is no run, and its {', '.join(found)} would be lost")
         return
     then = read_settings(folder)
     changed = [key for key in settings if key not in free and settings[key] != then.get(key)]
     if changed:
         differences = ", ".join(f"{key} ({then.get(key)}, now {settings[key]})" for key in changed)
-        raise ValueError(f"--out {folder} was started with another {differences}")
+        raise ValueError(
+            f"{folder} was started with another {differences}: name another folder with --out"
+        )
 
 
 def claim_run(folder: Path, settings: dict, free: set[str]) -> None:
@@ -204,9 +243,26 @@ def remove_leftovers(folder: Path) -> None:
             temporary.unlink()
 
 
+def fingerprint(networks: Iterable[nn.Module | None], settings: object = None) -> str:
+    """Return a checksum of networks' weights and of settings that JSON knows."""
+    crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    for network in networks:
+        for tensor in network.state_dict().values() if network else ():
+            crc = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), crc)
+    return f"crc32 {crc:08x}"
+
+
+def fingerprint_generator(G: nn.Module) -> str:
+    """Return a checksum of all that decides what a generator draws."""
+    return fingerprint([G], [G.rendering_kwargs, G.neural_rendering_resolution])
+
+
 def trim_log(folder: Path, step: int) -> None:
     """Drop the rows of log.jsonl that follow a step, and what a kill left of a row."""
     path = folder / "log.jsonl"
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    try:
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} was not written by train.py ({error})") from error
     atomic_write(path, lambda file: file.write("".join(kept).encode()))

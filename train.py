@@ -39,11 +39,15 @@ from runs import (
     check_folder,
     check_run,
     claim_run,
+    fingerprint,
+    fingerprint_generator,
     locate,
     options_settled,
+    peak_gb,
     pick_device,
     portable,
     run_cli,
+    sole_writer,
     stop_requests,
     trim_log,
 )
@@ -94,11 +98,12 @@ LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.wei
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {"out", "image", "device", "save_every", "grid_every"}
 POSITIVE = {"lr", "hsc_temperature"}
+LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
 AT_LEAST = {
     **dict.fromkeys(("steps", "batch", "save_every", "grid_every"), 1),
     **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
 }
-HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own. (DESIGN 3)
+HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
 GRID_SEEDS = list(range(8))
 
@@ -168,6 +173,12 @@ def main(cfg: Config) -> None:
     # Settle every option, and refuse what cannot work before anything is loaded or written.
     cfg = resolve(cfg)
     check_options(cfg)
+    with sole_writer(cfg.out):
+        adapt(cfg)
+
+
+def adapt(cfg: Config) -> None:
+    """Do what `main` promises, with settled options and nobody else in the run folder."""
     picture = read_reference(cfg)
     settings = describe_run(cfg, picture)
     check_run(cfg.out, settings, FREE_TO_CHANGE)
@@ -191,7 +202,7 @@ def main(cfg: Config) -> None:
     source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
 
     # The run folder; nothing is written before this line.
-    claim_run(cfg.out, settings | {"generator_weights": fingerprint(G_src)}, FREE_TO_CHANGE)
+    claim_run(cfg.out, settings | fingerprints(G_src, prior, vit, clip), FREE_TO_CHANGE)
     if picture:
         save_image(picture, cfg.out / "reference.png")
 
@@ -211,8 +222,8 @@ def main(cfg: Config) -> None:
         for step in bar:
             began = time.perf_counter()
 
-            # Draw on the CPU from the step's own seed: a resumed run draws what an unbroken one
-            # would, and a GPU what a CPU would.
+            # Draw from the step's own seed, so that a resumed run draws what an unbroken one would;
+            # on the CPU, so that a GPU draws the same (but for the jitter of the rays).
             torch.manual_seed(step_seed(cfg.seed, step))
             z = torch.randn(cfg.batch, G.z_dim).to(device)
             c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
@@ -245,8 +256,9 @@ def main(cfg: Config) -> None:
             # Log the step.
             with torch.no_grad():
                 row["clip"] = (clip.images(images) @ target.T).mean().item()
-            seconds = round(time.perf_counter() - began, 3)
-            log.write(json.dumps({"step": step, **row, "seconds": seconds}) + "\n")
+            row["seconds"] = round(time.perf_counter() - began, 3)
+            row["peak_gb"] = round(peak_gb(device), 3)
+            log.write(json.dumps({"step": step, **row}) + "\n")
             log.flush()
             bar.set_postfix_str(f"clip {row['clip']:.3f}, gradient {row['grad_norm']:.2g}")
 
@@ -289,12 +301,12 @@ def resolve(cfg: Config) -> Config:
 def describe_presets() -> str:
     """Return what --base and --method set, one line each, for --help."""
     presets = {"base": BASES, "method": METHODS}
-    lines = [
-        f"--{kind} {name}: " + ", ".join(f"{option} {value}" for option, value in preset.items())
-        for kind, rows in presets.items()
-        for name, preset in rows.items()
-    ]
-    return "\n".join(lines)
+    rows = {f"--{kind} {name}": row for kind in presets for name, row in presets[kind].items()}
+    rows |= {f"--base {base} --method {method}": row for (base, method), row in TUNED.items()}
+    return "\n".join(
+        f"{flags}: " + ", ".join(f"{option} {value}" for option, value in row.items())
+        for flags, row in rows.items()
+    )
 
 
 def check_options(cfg: Config) -> None:
@@ -320,6 +332,8 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
+    if cfg.batch > LARGEST_BATCH:
+        raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
         raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
     check_folder(cfg.out)
@@ -343,12 +357,20 @@ def describe_run(cfg: Config, picture: Image.Image | None) -> dict:
     return settings | {"image_pixels": picture and f"crc32 {zlib.crc32(picture.tobytes()):08x}"}
 
 
-def fingerprint(G: TriPlaneGenerator) -> str:
-    """Return a checksum of a generator's weights."""
-    crc = 0
-    for tensor in G.state_dict().values():
-        crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
-    return f"crc32 {crc:08x}"
+def fingerprints(
+    G_src: TriPlaneGenerator,
+    prior: DiffusionPrior,
+    vit: TokenFeatures | None,
+    clip: ClipFeatures,
+) -> dict[str, str]:
+    """Return checksums of what a run hangs on, for a resume to be refused with anything else."""
+    parts = [prior.vae, prior.unet, prior.text_encoder, prior.controlnet, prior.image_encoder]
+    return {
+        "generator_weights": fingerprint_generator(G_src),
+        "diffusion_weights": fingerprint(parts),
+        "features_weights": fingerprint([vit and vit.model]),
+        "clip_weights": fingerprint([clip.model]),
+    }
 
 
 def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
@@ -458,7 +480,7 @@ def draw_times(cfg: Config, step: int, prior: DiffusionPrior) -> Tensor:
 def draw_noise(cfg: Config, prior: DiffusionPrior) -> Tensor:
     """Draw noise for the latents of a batch, [B, 4, h, w]."""
     side = prior.image_size // prior.vae_scale_factor
-    return torch.randn(cfg.batch, 4, side, side)
+    return torch.randn(cfg.batch, prior.unet.config.in_channels, side, side)
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

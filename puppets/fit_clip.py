@@ -90,7 +90,9 @@ def train(cfg: Config) -> None:
     UNet has learnt to read, is locked and the picture tower goes on alone (LiT, arXiv:2111.07991).
     """
     data = load(keys=("rgb", "caption", "domain"))
-    tokenizer = train_tokenizer()
+    # Learnt again, ties between pairs could fall otherwise under the locked tower.
+    committed = CLIPTokenizer.from_pretrained(OUT / "clip") if cfg.warm_start else None
+    tokenizer = committed or train_tokenizer()
     torch.manual_seed(0)
     model = build_clip(tokenizer)
     warm_start(cfg, model, OUT / "clip/model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import torch
@@ -17,10 +18,15 @@ from puppets.fit_clip import WIDTH, classify
 from puppets.fit_unet import embed_captions, noise_loss, prepare_latents, rough_depth, sample
 from puppets.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet
 
+WEIGHTS = "ip-adapter_sd15.safetensors"
+
 
 def train(cfg: Config) -> None:
     """Train the IP-Adapter from another view of the same head, everything else frozen."""
-    folder = DIFFUSION / "ip_adapter/models"
+    finished = DIFFUSION / "ip_adapter/models"
+    folder = ROOT / "ip_adapter/models"  # The committed adapter stays whole until the end.
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished, folder)
     unet = UNet2DConditionModel.from_pretrained(DIFFUSION / "unet").float()
     torch.manual_seed(0)
     state = {
@@ -44,11 +50,11 @@ def train(cfg: Config) -> None:
             for group, part in state.items()
             for k, v in part.items()
         }
-        save_file(flat, folder / "ip-adapter_sd15.safetensors")
+        save_file(flat, folder / WEIGHTS)
 
-    if not cfg.warm_start and not (ROOT / "ip-adapter.pt").exists():
+    if not cfg.warm_start:
         write()
-    prior = DiffusionPrior.from_pretrained(DIFFUSION)
+    prior = DiffusionPrior.from_pretrained(DIFFUSION, ip_adapter=ROOT / "ip_adapter")
     # The trained tensors, in the order in which they were written.
     projection = prior.unet.encoder_hid_proj.image_projection_layers[0]
     live = [
@@ -99,6 +105,7 @@ def train(cfg: Config) -> None:
     for (group, key), value in zip(targets, live, strict=True):
         state[group][key] = value.detach()
     write()
+    shutil.copy(folder / WEIGHTS, finished / WEIGHTS)
     report_ip_adapter(cfg, minutes)
 
 

@@ -105,6 +105,8 @@ def fit(
     start, spent = 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=cfg.device)
+        if state["warm_start"] != cfg.warm_start:
+            raise ValueError(f"{path} is of a training with another --warm-start: delete it first")
         optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for p, saved in zip(params, state["params"], strict=True):
@@ -118,12 +120,13 @@ def fit(
             "optimizer": optimizer.state_dict(),
             "ema": average.values,
             "step": step,
+            "warm_start": cfg.warm_start,
             "minutes": spent + (time.time() - begun) / 60,
         }
         atomic_write(path, lambda file: torch.save(state, file))
 
     # A CPU without these instructions would be ten times slower than in float32.
-    fast_bfloat16 = cfg.device != "cpu" or torch.cpu.get_capabilities()["avx512_bf16"]
+    fast_bfloat16 = cfg.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
     step = start
     bar = tqdm(range(start, 0 if cfg.export_only else steps), initial=start, total=steps, desc=name)
     for step in bar:

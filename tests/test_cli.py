@@ -15,10 +15,11 @@ import tyro
 from PIL import Image
 from tiny_run import arguments, build_generator, hurry, run, world
 
+import eval as evaluation
 import render
 import train
 from models.checkpoint import save_generator
-from runs import remove_leftovers, run_cli
+from runs import remove_leftovers, run_cli, sole_writer
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [
@@ -89,7 +90,9 @@ def test_readme_has_commands():
 @pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
 def test_readme_command_parses(argv):
     script = import_module(Path(argv[0]).stem)
-    tyro.cli(script.Config, args=argv[1:])
+    cfg = tyro.cli(script.Config, args=argv[1:])
+    picture = getattr(cfg, "image", None)
+    assert picture is None or (REPOSITORY / picture).is_file()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
@@ -103,7 +106,7 @@ def test_help_lists_every_preset(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_cli(train.Config, train.main, f"{train.__doc__}\n{train.describe_presets()}")
     text = " ".join(capsys.readouterr().out.split())
-    for preset in (*train.METHODS.values(), *train.BASES.values()):
+    for preset in (*train.METHODS.values(), *train.BASES.values(), *train.TUNED.values()):
         assert all(f"{option} {value}" in text for option, value in preset.items())
 
 
@@ -280,15 +283,16 @@ def test_changed_picture_is_refused(tmp_path, call):
     assert "image" in err
 
 
-def test_changed_generator_is_refused(tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("part", ["generator", "diffusion", "features", "clip"])
+def test_changed_network_is_refused(tmp_path, call, part):
     run(tmp_path / "run", steps=1)
     config = json.loads((tmp_path / "run/config.json").read_text())
-    config["generator_weights"] = "crc32 00000000"
+    config[f"{part}_weights"] = "crc32 00000000"
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     (tmp_path / "run/generator.safetensors").unlink()  # So that the run is not finished.
     code, _, err = call(train, arguments(tmp_path / "run", steps=1))
     assert code == 2
-    assert "generator_weights" in err
+    assert f"{part}_weights" in err
 
 
 def test_sds_needs_no_vit(tmp_path):
@@ -305,11 +309,33 @@ def test_foreign_config_is_refused_and_kept(tmp_path, call, content):
     assert (tmp_path / "config.json").read_text() == content
 
 
-def test_checkpoints_without_settings_are_refused(tmp_path, call):
-    (tmp_path / "ckpt-000002.pt").write_bytes(b"")
+@pytest.mark.parametrize("name", ["ckpt-000002.pt", "generator.safetensors", "log.jsonl"])
+def test_files_of_others_in_the_run_folder_are_kept(tmp_path, call, name):
+    (tmp_path / name).write_bytes(b"mine")
     code, _, err = call(train, arguments(tmp_path))
-    assert code == 2
-    assert "config.json" in err
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert name in err and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_has_one_writer(tmp_path, call):
+    with sole_writer(tmp_path / "run"):
+        code, _, err = call(train, arguments(tmp_path / "run"))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "another process" in err and not (tmp_path / "run").exists()
+    with sole_writer(tmp_path / "run"):
+        pass
+
+
+def test_a_source_that_changed_since_is_no_source(tmp_path, call, capsys):
+    path = tmp_path / "source.safetensors"
+    save_generator(build_generator(), path)
+    run(tmp_path / "run", steps=1, generator=str(path))
+    save_generator(build_generator(seed=1), path)
+    assert render.load_run(tmp_path / "run")[1] is None
+    assert "has changed" in capsys.readouterr().err
+    code, _, err = call(evaluation, ["--ckpt", tmp_path / "run", "--out", tmp_path / "x.json"])
+    assert code == 2 and "source generator" in err.splitlines()[-1]
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):

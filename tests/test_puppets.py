@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
+from losses import guided_noise
 from models.checkpoint import load_generator
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
@@ -51,6 +53,8 @@ def test_generator_draws_the_person_that_the_latent_means(generator):
     ws = generator.mapping(z, generator.cameras.frontal(len(z)))
     out = generator.synthesis(ws, c)
     square = (out["image"].clamp(-1, 1) - truth).square().mean(1, keepdim=True)
+    psnr = 10 * torch.log10(4 / square.mean((1, 2, 3)))
+    assert psnr.mean() > 24.5
     front = 10 * torch.log10(4 * mask.sum((1, 2, 3)) / (square * mask).sum((1, 2, 3)))
     assert front.mean() > 22
     ours, theirs = out["mask"] > 0.5, F.avg_pool2d(mask, 2) > 0.5
@@ -67,7 +71,7 @@ def test_clip_names_the_domains():
         c = torch.cat([heads_camera(rng) for _ in range(3)])
         found = (clip.images(heads.render(z, c, name)[0]) @ prompts.T).argmax(1)
         right.append((found == i).float().mean())
-    assert torch.stack(right).mean() > 0.9
+    assert torch.stack(right).mean() > 0.97
 
 
 def heads_camera(rng: np.random.Generator) -> torch.Tensor:
@@ -88,17 +92,50 @@ def test_prior_is_complete_and_knows_the_words_of_every_caption(prior):
     assert prior.unknown_words("a bronze chandelier") == ["chandelier"]
 
 
-def test_prior_denoises_towards_the_prompt(prior):
-    z, c = torch.randn(2, heads.Z_DIM), heads_camera(np.random.default_rng(1)).repeat(2, 1)
-    latents = prior.encode_images(heads.render(z, c, "alien")[0])
-    noise, t = torch.randn_like(latents), torch.tensor([600, 600])
+@pytest.mark.parametrize("domain", ["person", "bronze", "alien", "devil"])
+def test_prior_denoises_true_pictures_and_best_with_their_own_prompt(prior, domain):
+    """The noise left at t = 100, 300, 600: large if UNet and VAE are not of one training."""
+    errors = {name: noise_left(prior, domain, name) for name in (domain, "marble")}
+    assert (errors[domain] < torch.tensor([0.25, 0.09, 0.035])).all(), errors
+    assert errors[domain][2] < 0.9 * errors["marble"][2]
+
+
+def noise_left(prior, domain: str, prompt: str) -> torch.Tensor:
+    """Return the mean squared error of the noise predicted in four heads of a domain, [3]."""
+    torch.manual_seed(5)
+    z = torch.randn(4, heads.Z_DIM)
+    c = torch.cat([heads_camera(np.random.default_rng(i)) for i in range(4)])
+    latents = prior.encode_images(heads.render(z, c, domain)[0]).repeat(3, 1, 1, 1)
+    noise, t = torch.randn_like(latents), torch.tensor([100, 300, 600]).repeat_interleave(4)
     abar = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    text = prior.encode_text([DOMAINS[prompt].phrases[0]]).repeat(12, 1, 1)
     noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    errors = {}
-    for prompt in ("a blue alien", "a marble statue"):
-        text = prior.encode_text([prompt]).repeat(2, 1, 1)
-        errors[prompt] = (prior.predict_noise(noisy, t, text) - noise).square().mean()
-    assert errors["a blue alien"] < 0.8 * errors["a marble statue"]
+    return (prior.predict_noise(noisy, t, text) - noise).square().mean((1, 2, 3)).view(3, 4).mean(1)
+
+
+def test_picture_without_text_guides_towards_its_domain(prior):
+    torch.manual_seed(6)
+    z, c = torch.randn(1, heads.Z_DIM), heads_camera(np.random.default_rng(1))
+    z_ref, c_ref = torch.randn(1, heads.Z_DIM), heads_camera(np.random.default_rng(2))
+    latents = prior.encode_images(heads.render(z, c, "alien")[0]).repeat(4, 1, 1, 1)
+    noise, t = torch.randn_like(latents), torch.full((4,), 600)
+    abar = prior.alphas_cumprod[600]
+    noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    error = {}
+    for domain in ("alien", "clown"):
+        condition = prior.condition("", heads.render(z_ref, c_ref, domain)[0])
+        eps_hat = guided_noise(prior, noisy, t, condition, guidance=1.0)
+        error[domain] = (eps_hat - noise).square().mean()
+    assert error["alien"] < 0.9 * error["clown"]
+
+
+def test_default_command_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(train.Config(prompt="a bronze statue", steps=2, batch=1, device="cpu"))
+    run = tmp_path / "runs/a-bronze-statue"
+    assert load_generator(run).img_resolution == 128
+    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
+    assert all(row["sds"] > 0 and row["hsc"] > 0 for row in rows) and len(rows) == 2
 
 
 def test_vit_gives_a_grid_of_tokens():

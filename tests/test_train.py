@@ -19,9 +19,11 @@ from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
 import train
+from losses import hsc_loss, sds_loss
 from models.checkpoint import load_checkpoint, load_generator
-from models.diffusion import DiffusionPrior
+from models.diffusion import DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
+from models.features import TokenFeatures
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -372,6 +374,50 @@ def test_gradient_is_the_weighted_sum_and_stops_at_the_images():
     assert row["a"] == pytest.approx(0.5 * images.square().flatten(1).sum(1).mean().item())
     assert row["b_grad"] == pytest.approx(2 * 48**0.5)
     assert set(row) == {"a", "a_grad", "b", "b_grad"}
+
+
+def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
+    run(tmp_path, steps=4, save_every=1, hsc_weight=0.3, guidance=3.0, lr=1e-3)
+    before, after = (
+        torch.load(tmp_path / f"ckpt-00000{step}.pt", weights_only=True) for step in (3, 4)
+    )
+    prior = DiffusionPrior.from_pretrained(world() / "diffusion")
+    vit = TokenFeatures.from_pretrained(world() / "dino")
+    G_src, G = build_generator(), build_generator()
+    for name, value in before["weights"].items():
+        G.get_parameter(name).data.copy_(value)
+        G.get_parameter(name).requires_grad_(True)
+
+    torch.manual_seed(train.step_seed(0, 4))
+    z, c = torch.randn(2, G.z_dim), G.cameras.sample(2)
+    t = torch.randint(int(0.02 * 999), int(0.98 * 999) + 1, (2,))
+    side = prior.image_size // prior.vae_scale_factor
+    noise = torch.randn(2, 4, side, side)
+    renders = []
+    for network in (G_src, G):
+        torch.manual_seed(train.step_seed(0, 4, stream=1))
+        renders.append(network.synthesis(G.mapping(z, G.cameras.frontal(2)), c))
+    source, images = renders[0], renders[1]["image"]
+    mask = source["mask"].detach()
+    condition = prior.condition("a bronze statue", None, 1.0, 1.0)
+    depth = depth_condition(source["image_depth"], mask, prior.image_size)
+    latents = prior.encode_images(train.resize(images, prior.image_size))
+    sds = sds_loss(prior, latents, condition, t, noise, 3.0, depth, mask).sum() / side**2
+    tokens = vit.tokens(images), vit.tokens(source["image"])
+    fine_last = (1 / 6, 2 / 6, 3 / 6)
+    hsc = hsc_loss(*tokens, (4, 8, None), fine_last, 0.1, mask).sum()
+    ((sds + 0.3 * hsc) / 2).backward()
+
+    half_life = 0.05 * 4
+    for number, (name, weight) in enumerate(before["weights"].items()):
+        state = before["optimizer"]["state"][number]
+        gradient = G.get_parameter(name).grad
+        second = 0.99 * state["exp_avg_sq"] + 0.01 * gradient.square()
+        step = gradient / ((second / (1 - 0.99**4)).sqrt() + 1e-8)
+        expected = weight - 1e-3 * step
+        torch.testing.assert_close(after["weights"][name], expected, rtol=1e-4, atol=2e-6)
+        average = before["averages"][name].lerp(expected, 1 - 0.5 ** (1 / half_life))
+        torch.testing.assert_close(after["averages"][name], average, rtol=1e-4, atol=2e-6)
 
 
 def test_average_forgets_half_in_its_half_life():

@@ -106,10 +106,11 @@ def arguments(out: Path, **changes: object) -> list[str]:
 
 
 def contents(out: Path) -> dict:
-    """Return what must be equal in equal runs: every file's bytes, but for times in the log."""
+    """Return what must be equal in equal runs: every file's bytes, but for costs in the log."""
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
     rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
-    found["log.jsonl"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    costs = {"seconds", "peak_gb"}
+    found["log.jsonl"] = [{k: v for k, v in row.items() if k not in costs} for row in rows]
     found["checkpoint"] = _flat(load_checkpoint(out))
     return {k: v for k, v in found.items() if not k.endswith(".pt") and k != "config.json"}
 
