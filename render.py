@@ -91,7 +91,10 @@ def load_run(
         return G, None, {}
     settings = read_settings(Path(ckpt))
     try:
-        return G, load_generator(locate(settings["generator"]), device), settings
+        source = load_generator(locate(settings["generator"]), device)
+        # The run may have settled what its source leaves open, such as the foreground's depth.
+        source.rendering_kwargs = dict(G.rendering_kwargs)
+        return G, source, settings
     except ValueError as error:
         print(f"warning: no source generator for {ckpt} ({error})", file=sys.stderr)
         return G, None, settings
