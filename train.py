@@ -63,11 +63,12 @@ STABLE_DIFFUSION = {
     "adapters": ("lllyasviel/control_v11f1p_sd15_depth", "h94/IP-Adapter"),
     "features": "facebook/dinov2-small",
     "clip": "openai/clip-vit-base-patch32",
+    # StyleGAN-Fusion's for EG3D (arXiv:2212.04473), but for the batch, which is 1 there.
     "steps": 5000,
     "batch": 4,
     "lr": 8e-4,
     "guidance": 100.0,
-    "t_range": (0.02, 0.5),
+    "t_range": (0.01, 0.5),
     "save_every": 250,
     "grid_every": 250,
 }
@@ -86,7 +87,8 @@ BASES = {
         "grid_every": 50,
     },
     "ffhq": STABLE_DIFFUSION,
-    "afhq": STABLE_DIFFUSION,
+    # Cats as StyleGAN-Fusion turns them into dogs.
+    "afhq": STABLE_DIFFUSION | {"steps": 2000, "t_range": (0.01, 0.3)},
 }
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
@@ -122,8 +124,12 @@ class Config:
     method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
     generator: str | None = None  # Generator to adapt: .safetensors file or run folder.
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
-    adapters: tuple[str, str] | None = None
-    """Depth ControlNet and IP-Adapter of the prior, if its folder does not hold them."""
+    adapters: tuple[str] | tuple[str, str] | None = None
+    """Depth ControlNet of the prior and, for --image, its IP-Adapter: folders or hub ids, where its
+    own folder does not hold them."""
+    lora: tuple[str] | tuple[str, float] | None = None
+    """LoRA added to the prior, a file, folder or hub id (user/repo/file), and its weight."""
+    vae: str | None = None  # Other VAE of the prior, or TAESD (faster, coarser), folder or hub id.
     features: str | None = None  # Frozen ViT that HSC compares (DINOv2 or ViT), folder or hub id.
     clip: str | None = None  # CLIP that scores the log, folder or hub id; no loss uses it.
 
@@ -285,10 +291,13 @@ def resolve(cfg: Config) -> Config:
     cfg = replace(cfg, prompt=cfg.prompt if cfg.prompt and cfg.prompt.strip() else None)
     given = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     given = {name: value for name, value in given.items() if value is not None}
-    for name in {"generator", "diffusion", "features", "clip"} & given.keys():
+    for name in {"generator", "diffusion", "vae", "features", "clip"} & given.keys():
         given[name] = portable(given[name])
     if cfg.adapters:
         given["adapters"] = tuple(map(portable, cfg.adapters))
+    if cfg.lora:
+        file, scale = (*cfg.lora, 1.0)[:2]
+        given["lora"] = (portable(file), scale)
     words = re.findall(r"\w+", cfg.prompt or (cfg.image.stem if cfg.image else ""))
     computed = {
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
@@ -324,10 +333,11 @@ def check_options(cfg: Config) -> None:
         )
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, str | Path) and re.search("[\ud800-\udfff]", str(value)):
-            raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(value))}")
-        if isinstance(value, float) and not isfinite(value):
-            raise ValueError(f"{flag} must be a finite number, got {value}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, str | Path) and re.search("[\ud800-\udfff]", str(part)):
+                raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(part))}")
+            if isinstance(part, float) and not isfinite(part):
+                raise ValueError(f"{flag} must be a finite number, got {part}")
         if name in AT_LEAST and value < AT_LEAST[name]:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in POSITIVE and value <= 0:
@@ -374,21 +384,33 @@ def fingerprints(
 
 
 def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
-    """Load the diffusion prior, and warn of a prompt that it cannot understand.
+    """Load the diffusion prior with what this run uses, and warn of a prompt beyond its words.
 
     Raises:
-        ValueError: it cannot be loaded, or depth is wanted and it has no ControlNet.
+        ValueError: it cannot be loaded, depth is wanted and it has no ControlNet, or a picture is
+            given and it has no IP-Adapter.
     """
     source = locate(cfg.diffusion)
-    adapters = map(locate, cfg.adapters or ())
-    # Half precision is what Stable Diffusion is always run in; the VAE stays in float32.
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    prior = DiffusionPrior.from_pretrained(source, *adapters, dtype=dtype, device=device)
+    controlnet, ip_adapter = (*map(locate, cfg.adapters or ()), None, None)[:2]
+    lora, lora_scale = cfg.lora or (None, 1.0)
+    prior = DiffusionPrior.from_pretrained(
+        source,
+        controlnet if cfg.depth_scale else None,
+        ip_adapter if cfg.image else None,
+        # Half precision is what Stable Diffusion is always run in; the VAE stays in float32.
+        dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        device=device,
+        vae=cfg.vae and locate(cfg.vae),
+        lora=lora and locate(lora),
+        lora_scale=lora_scale,
+    )
     if cfg.depth_scale and prior.controlnet is None:
         raise ValueError(
             f"{source} has no ControlNet for depth: name one with --adapters, "
             "or go without by --depth-scale 0"
         )
+    if cfg.image and prior.image_encoder is None:
+        raise ValueError(f"{source} has no IP-Adapter for --image: name one with --adapters")
     unknown = prior.unknown_words(cfg.prompt or "")
     if unknown:
         known = prior.vocabulary.get("domains", prior.vocabulary["words"])

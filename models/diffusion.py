@@ -12,21 +12,32 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    DDPMScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from models.features import clip_preprocess, clip_tokenize
+from models.lora import fuse_lora
 from models.pretrained import (
+    find_weights,
     load_network,
     load_tokenizer,
     one_line_errors,
     quiet_loading,
     resolve_source,
+    weight_files,
 )
 
 IP_ADAPTER_FILE = "ip-adapter_sd15.safetensors"  # The usual one of several in a folder.
+VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+TEXT_WIDTHS = {768: " (Stable Diffusion 1.x)", 1024: " (Stable Diffusion 2.x)"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class DiffusionPrior:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
@@ -97,18 +108,26 @@ class DiffusionPrior:
         ip_adapter: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        vae: str | Path | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
     ) -> "DiffusionPrior":
         """Load Stable Diffusion 1.x or 2.x, optionally with a depth ControlNet and an IP-Adapter.
 
         Args:
-            source: Local diffusers folder or hub id. A local folder that holds `controlnet/` or
-                `ip_adapter/models/ip-adapter*` beside its model_index.json supplies the default
-                of that argument.
+            source: Local diffusers folder (of a DreamBooth, say) or hub id. A local folder that
+                holds `controlnet/` or `ip_adapter/models/ip-adapter*` beside its model_index.json
+                supplies the default of that argument.
             controlnet: Local folder or hub id of a depth ControlNet; None: no depth.
             ip_adapter: Local folder or hub id in the layout of h94/IP-Adapter, or one weight file
                 in it (base or Plus, .safetensors or .bin); None: no reference pictures.
             dtype: Of all networks but the VAE, whose gradients need float32. On CUDA prefer
                 float16: bfloat16 drowns the small difference that guidance amplifies.
+            vae: Local folder or hub id of another VAE, or of TAESD, nine times cheaper and
+                coarser; a local diffusers folder gives its `vae/`. None: the model's own.
+            lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
+                diffusers' format, which is added to the weights. Needs the package peft.
+            lora_scale: Weight of the LoRA.
 
         Raises:
             ValueError: a source is missing, no such model, incomplete, or the parts do not fit
@@ -122,18 +141,20 @@ class DiffusionPrior:
                 raise ValueError(f"{source}: not a diffusers folder, it has no model_index.json")
             if controlnet is None and (folder / "controlnet").is_dir():
                 controlnet = folder / "controlnet"
-            if ip_adapter is None and _adapter_files(folder / "ip_adapter"):
+            if ip_adapter is None and weight_files(folder / "ip_adapter/models", "ip-adapter*"):
                 ip_adapter = folder / "ip_adapter"
             vocabulary = _read_vocabulary(folder / "vocabulary.json")
 
         scheduler = _load_scheduler(source)
         parts = {
-            "vae": load_network(AutoencoderKL, source, "vae"),
+            "vae": _load_vae(source, "vae") if vae is None else _load_other_vae(vae, source),
             "unet": load_network(UNet2DConditionModel, source, "unet", dtype),
             "text_encoder": load_network(CLIPTextModel, source, "text_encoder", dtype),
         }
         tokenizer = load_tokenizer(source, "tokenizer")
         _check_parts(source, tokenizer, **parts)
+        if lora is not None:
+            fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if controlnet is not None:
             controlnet = resolve_source(controlnet)
             parts["controlnet"] = load_network(ControlNetModel, controlnet, dtype=dtype)
@@ -168,14 +189,18 @@ class DiffusionPrior:
             raise ValueError(
                 f"sides of images must be multiples of {factor}, got {list(images.shape)}"
             )
-        latents = self.vae.encode(images.float()).latent_dist.mode()
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        output = self.vae.encode(images.to(self.vae.dtype))
+        # TAESD gives latents, which its factor of 1 leaves as they are; a VAE their distribution.
+        latents = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+        config = self.vae.config
+        return (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return the images of scaled latents [B, 4, h, w], roughly in [-1, 1], [B, 3, H, W]."""
-        latents = latents.float() / self.vae.config.scaling_factor
-        return self.vae.decode(latents + (self.vae.config.shift_factor or 0.0)).sample
+        config = self.vae.config
+        latents = latents.float() / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
@@ -265,18 +290,16 @@ class DiffusionPrior:
             ValueError: depth or pictures are given that no loaded part can use.
         """
         dtype = self.unet.dtype
-        inputs = (latents_t.to(dtype), t, text.to(dtype))
         extra = {}
         if depth is not None:
             if self.controlnet is None:
                 raise ValueError("a depth condition needs a ControlNet, and none was loaded")
-            extra["down_block_additional_residuals"], extra["mid_block_additional_residual"] = (
-                self.controlnet(*inputs, depth.to(dtype), depth_scale, return_dict=False)
-            )
+            extra = self._depth_residuals(latents_t, t, text, depth, depth_scale)
         if self.image_encoder is not None:
             extra["added_cond_kwargs"] = self._adapter_input(len(t), image_embeds, image_scale)
         elif image_embeds is not None:
             raise ValueError("a reference picture needs an IP-Adapter, and none was loaded")
+        inputs = (latents_t.to(dtype), t, text.to(dtype))
         output = self.unet(*inputs, **extra, return_dict=False)[0].float()  # [N, 4, h, w]
 
         if self.predicts_velocity:
@@ -302,6 +325,17 @@ class DiffusionPrior:
         output = self.image_encoder(pixels.to(self.image_encoder.dtype), output_hidden_states=True)
         embeds = output.hidden_states[-2] if self._is_plus else output.image_embeds
         return embeds[:, None].float()
+
+    def _depth_residuals(
+        self, latents_t: Tensor, t: Tensor, text: Tensor, depth: Tensor, scale: float
+    ) -> dict:
+        """Return what the ControlNet makes of the depth, as the UNet's arguments."""
+        latents_t, text, depth = (x.to(self.controlnet.dtype) for x in (latents_t, text, depth))
+        down, mid = self.controlnet(latents_t, t, text, depth, scale, return_dict=False)
+        return {
+            "down_block_additional_residuals": [x.to(self.unet.dtype) for x in down],
+            "mid_block_additional_residual": mid.to(self.unet.dtype),
+        }
 
     def _adapter_input(self, batch: int, image_embeds: Tensor | None, scale: float) -> dict:
         """Return the IP-Adapter's input: without a picture, zeros at scale 0 for it insists."""
@@ -365,10 +399,46 @@ def _load_scheduler(source: str) -> DDPMScheduler:
         return DDPMScheduler.from_pretrained(source, **options)
 
 
+def _load_vae(source: str, subfolder: str) -> AutoencoderKL | AutoencoderTiny:
+    """Load a VAE of either class."""
+    saved_class = _vae_config(source, subfolder)["_class_name"]
+    return load_network(VAE_CLASSES[saved_class], source, subfolder)
+
+
+def _load_other_vae(source: str | Path, model: str) -> AutoencoderKL | AutoencoderTiny:
+    """Load a VAE in place of a model's own, and refuse one whose latents are another model's."""
+    source = resolve_source(source)
+    vae = _load_vae(source, "vae" if Path(source, "model_index.json").is_file() else "")
+    own = _vae_config(model, "vae")
+    levels = own.get("block_out_channels", own.get("decoder_block_out_channels", ()))
+    ours = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+    theirs = (own.get("latent_channels", 4), 2 ** (len(levels) - 1))
+    if ours != theirs:
+        raise ValueError(
+            f"{source}: its latents have {ours[0]} channels and cells of {ours[1]} px, "
+            f"those of {model} {theirs[0]} and {theirs[1]} px"
+        )
+    ours, theirs = vae.config.scaling_factor, own.get("scaling_factor", 0.18215)
+    if ours != theirs and type(vae).__name__ == own["_class_name"]:
+        raise ValueError(f"{source}: scales its latents by {ours}, {model} by {theirs}")
+    return vae
+
+
+def _vae_config(source: str, subfolder: str) -> dict:
+    """Return the config.json of a VAE, which names its class."""
+    options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
+    with one_line_errors(source, subfolder), quiet_loading():
+        config = AutoencoderKL.load_config(source, **options)
+        saved_class = config.get("_class_name")
+        if saved_class not in VAE_CLASSES:
+            raise ValueError(f"holds {saved_class}, not {' or '.join(VAE_CLASSES)}")
+    return config
+
+
 def _check_parts(
     source: str,
     tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | AutoencoderTiny,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
 ) -> None:
@@ -390,14 +460,26 @@ def _check_parts(
         )
     if unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"{source}: a guidance-distilled (LCM) UNet gives no scores")
+    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if unet.config[key] is not None:
+            raise ValueError(f"{source}: the UNet wants more than text ({key} {unet.config[key]})")
 
 
 def _check_controlnet(source: str, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
     """Refuse a ControlNet made for another UNet; it would only fail inside the first step."""
-    for key in ("cross_attention_dim", "block_out_channels"):
+    widths = [network.config.cross_attention_dim for network in (controlnet, unet)]
+    if widths[0] != widths[1]:
+        ours, theirs = (f"{width}{TEXT_WIDTHS.get(width, '')}" for width in widths)
+        raise ValueError(
+            f"{source}: the ControlNet attends to text of width {ours}, the UNet to {theirs}"
+        )
+    for key in ("in_channels", "block_out_channels", "layers_per_block"):
         ours, theirs = controlnet.config[key], unet.config[key]
         if ours != theirs:
             raise ValueError(f"{source}: the ControlNet's {key} is {ours}, the UNet's {theirs}")
+    channels = controlnet.config.conditioning_channels
+    if channels != 3:
+        raise ValueError(f"{source}: takes {channels} channels, a picture of depth has 3")
 
 
 def _load_ip_adapter(
@@ -407,7 +489,7 @@ def _load_ip_adapter(
 
     No attention processor may be set on the UNet afterwards: that would remove the adapter.
     """
-    folder, subfolder, file = _find_ip_adapter(source)
+    folder, subfolder, file = find_weights(source, "models", "ip-adapter*", IP_ADAPTER_FILE)
     encoder_folder = f"{subfolder}/image_encoder".lstrip("/")
     encoder = load_network(CLIPVisionModelWithProjection, folder, encoder_folder, unet.dtype)
     with one_line_errors(folder, f"{subfolder}/{file}".lstrip("/")), quiet_loading():
@@ -416,7 +498,10 @@ def _load_ip_adapter(
         loader = IPAdapterMixin()  # What pipelines inherit; of a pipeline it needs the UNet only.
         loader.unet = unet
         # Low memory use would leave weights that the file lacks empty instead of raising.
-        loader.load_ip_adapter(folder, subfolder, file, low_cpu_mem_usage=False)
+        try:
+            loader.load_ip_adapter(folder, subfolder, file, low_cpu_mem_usage=False)
+        except RuntimeError as error:  # What torch makes of weights that do not fit.
+            raise ValueError(f"is incomplete or of another model: {error}") from error
         projection = unet.encoder_hid_proj.image_projection_layers[0]
         if isinstance(projection, ImageProjection):
             takes, gives = projection.image_embeds.in_features, encoder.config.projection_dim
@@ -427,26 +512,3 @@ def _load_ip_adapter(
         if takes != gives:
             raise ValueError(f"takes embeddings of width {takes}, its encoder gives {gives}")
     return encoder
-
-
-def _adapter_files(folder: Path) -> list[str]:
-    """Return the names of the weight files in a folder in the layout of h94/IP-Adapter."""
-    files = (folder / "models").glob("ip-adapter*.*")
-    return sorted(file.name for file in files if file.suffix in (".safetensors", ".bin"))
-
-
-def _find_ip_adapter(source: str | Path) -> tuple[str, str, str]:
-    """Return (folder or hub id, subfolder, file name) of an IP-Adapter's weights."""
-    path = Path(source)
-    if path.is_file():
-        return str(path.parent), "", path.name
-    if path.is_dir():
-        names = _adapter_files(path)
-        if IP_ADAPTER_FILE in names:
-            return str(path), "models", IP_ADAPTER_FILE
-        if len(names) != 1:
-            raise ValueError(f"{source}: no {IP_ADAPTER_FILE} in models/; name one of {names}")
-        return str(path), "models", names[0]
-    user, name, *inside = str(source).split("/")
-    inside = inside or ["models", IP_ADAPTER_FILE]
-    return resolve_source(f"{user}/{name}"), "/".join(inside[:-1]), inside[-1]

@@ -18,6 +18,8 @@ import transformers.utils.logging
 from torch import nn
 from transformers import AutoConfig, CLIPTokenizer
 
+HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -29,10 +31,47 @@ def resolve_source(source: str | Path) -> str:
     """
     source = str(source)
     # os.path takes names that are too long for the system, where Path raises.
-    is_hub_id = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) and not os.path.exists(source)
+    is_hub_id = re.fullmatch(HUB_ID, source) and not os.path.exists(source)
     if not os.path.isdir(source) and not is_hub_id:
         raise ValueError(f"{source} is neither a folder nor a hub id (user/repo)")
     return source
+
+
+def weight_files(folder: Path, pattern: str) -> list[str]:
+    """Return the names of a folder's weight files that match a pattern."""
+    return sorted(file.name for file in folder.glob(pattern) if file.suffix in WEIGHT_SUFFIXES)
+
+
+def find_weights(
+    source: str | Path, subfolder: str, pattern: str, usual: str
+) -> tuple[str, str, str]:
+    """Find a weight file.
+
+    Args:
+        source: The file itself, a local folder, a hub id or a hub id and a file in it.
+        subfolder: Where in a folder or hub id it is.
+        pattern: What its name in a local folder looks like.
+        usual: Its name if a folder holds several, and on the hub.
+
+    Returns:
+        The folder or hub id, the subfolder in it and the file's name.
+
+    Raises:
+        ValueError: there is none, or several and none is called `usual`.
+    """
+    path = Path(source)
+    if os.path.isfile(source):  # os.path takes names that are too long, where Path raises.
+        return str(path.parent), "", path.name
+    if os.path.isdir(source):
+        names = weight_files(path / subfolder, pattern)
+        if usual not in names and len(names) != 1:
+            raise ValueError(f"{path / subfolder}: no {usual} there; name one of {names}")
+        return str(path), subfolder, usual if usual in names else names[0]
+    on_hub = re.fullmatch(rf"({HUB_ID})(?:/(.+))?", str(source))
+    if not on_hub:
+        raise ValueError(f"{source} is neither a file, a folder nor a hub id (user/repo[/file])")
+    folder, name = os.path.split(on_hub[2] or os.path.join(subfolder, usual))
+    return on_hub[1], folder, name
 
 
 def load_network(
@@ -43,6 +82,9 @@ def load_network(
     optional: tuple[str, ...] = (),
 ) -> Network:
     """Load a network and freeze it: eval mode, and no parameter wants a gradient.
+
+    Weights are .safetensors or else .bin, of which nothing is executed; a local folder may hold
+    them as variant "fp16" alone.
 
     Args:
         cls: A model class of diffusers or transformers.
@@ -62,6 +104,7 @@ def load_network(
                 raise ValueError(f"holds {saved_class}, not {cls.__name__}")
         else:  # transformers, which then reports misshapen weights below instead of at length
             options["ignore_mismatched_sizes"] = True
+        options["variant"] = _variant(Path(source, subfolder))
         options |= {"dtype": dtype, "output_loading_info": True}
         network, info = cls.from_pretrained(source, **options)
         bad = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -116,11 +159,11 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide loaders' weight bars and log warnings: what matters in them is checked and raised."""
+    """Hide loaders' weight bars and logs: what matters in them is checked or raised."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
-        log.set_verbosity_error()
+        log.set_verbosity(log.CRITICAL)
         log.disable_progress_bar()
     try:
         yield
@@ -129,3 +172,10 @@ def quiet_loading() -> Iterator[None]:
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
+
+
+def _variant(folder: Path) -> str | None:
+    """Return "fp16" for a local folder that has weights of that variant and no plain ones."""
+    names = weight_files(folder, "*")
+    plain = any(re.fullmatch(r"(\w+_)?model(-\d+-of-\d+)?\.\w+", name) for name in names)
+    return "fp16" if any(".fp16" in name for name in names) and not plain else None

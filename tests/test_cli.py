@@ -63,7 +63,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 25
+    assert len(flags) <= 27
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -202,7 +202,7 @@ BAD = {
     "folder in Latin-1": (lambda path: {"out": path / "caf\udce9"}, "--out"),
     **{
         f"overlong {name}": (lambda _, name=name: {name: "x" * 300}, "x" * 300)
-        for name in ("generator", "diffusion", "features", "clip", "image")
+        for name in ("generator", "diffusion", "vae", "features", "clip", "image")
     },
     "coarse features": (coarse_features, "--features"),
     "strange cameras": (strange_cameras, "foo"),
@@ -245,6 +245,14 @@ def test_bad_t_range_is_one_line(tmp_path, call, t_range):
     code, _, err = call(train, argv)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--t-range" in err
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf"])
+def test_bad_weight_of_a_lora_is_one_line(tmp_path, call, weight):
+    argv = [*arguments(tmp_path / "run"), "--lora", "style.bin", weight]
+    code, _, err = call(train, argv)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--lora" in err
 
 
 @pytest.mark.parametrize("argv", [["--steps", "many"], ["--method", "magic"], ["--nonsense", "1"]])

@@ -1,21 +1,29 @@
-"""The diffusion prior on a tiny diffusers folder: what it computes and what it refuses to load."""
+"""The diffusion prior on tiny diffusers folders: what it computes and what it refuses to load."""
 
+import importlib.util
 import json
 import logging
+import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
+import diffusers
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionControlNetPipeline
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
 from safetensors.torch import load_file, save_file
-from tiny_prior import build_prior
+from tiny_prior import build_prior, build_sd2, build_taesd, write_lora
 
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
-from models.features import clip_preprocess
+from models.features import clip_preprocess, clip_tokenize
 
 PLUS = "ip_adapter/models/ip-adapter-plus_sd15.bin"
 
@@ -33,6 +41,26 @@ def prior(folder):
 @pytest.fixture(scope="module")
 def plus(folder):
     return DiffusionPrior.from_pretrained(folder, ip_adapter=folder / PLUS)
+
+
+@pytest.fixture(scope="module")
+def sd2_folder(tmp_path_factory):
+    return build_sd2(tmp_path_factory.mktemp("sd2"))
+
+
+@pytest.fixture(scope="module")
+def sd2(sd2_folder):
+    return DiffusionPrior.from_pretrained(sd2_folder)
+
+
+@pytest.fixture(scope="module")
+def taesd_folder(tmp_path_factory):
+    return build_taesd(tmp_path_factory.mktemp("taesd"))
+
+
+@pytest.fixture(scope="module")
+def taesd(folder, taesd_folder):
+    return DiffusionPrior.from_pretrained(folder, vae=taesd_folder)
 
 
 @pytest.fixture
@@ -59,34 +87,56 @@ def predict(prior, condition, depth=None):
 # What it computes.
 
 
-@pytest.mark.parametrize("kind", ["prior", "plus"])
-def test_guided_noise_is_exactly_that_of_the_diffusers_pipeline(kind, folder, request):
-    prior = request.getfixturevalue(kind)
-    file = "ip-adapter_sd15.safetensors" if kind == "prior" else Path(PLUS).name
+def pipeline_step(folder, controlnet, depth, adapter=None, lora=None):
+    """What the UNet sees and gives in the first step of diffusers' own pipeline."""
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
-        folder, controlnet=prior.controlnet, safety_checker=None
+        folder, controlnet=controlnet, safety_checker=None
     )
-    pipeline.load_ip_adapter(folder / "ip_adapter", subfolder="models", weight_name=file)
-    pipeline.set_ip_adapter_scale(0.6)
     pipeline.set_progress_bar_config(disable=True)
+    options = {}
+    if lora:
+        pipeline.load_lora_weights(lora, adapter_name="style")
+        pipeline.set_adapters("style", 0.7)
+    if adapter:
+        pipeline.load_ip_adapter(folder / "ip_adapter", subfolder="models", weight_name=adapter)
+        pipeline.set_ip_adapter_scale(0.6)
+        options["ip_adapter_image"] = clip_preprocess(picture(), 32)
     seen = []
-    pipeline.unet.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output[0])))
-    depth = torch.rand(1, 3, 64, 64)
+    pipeline.unet.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output[0])))
     pipeline(
         "a bronze statue",
         depth,
         num_inference_steps=2,
         controlnet_conditioning_scale=0.7,
         guidance_scale=7.5,
-        ip_adapter_image=clip_preprocess(picture(), 32),
         output_type="latent",
+        **options,
     )
+    latents_t, t, output = seen[0]
+    return latents_t[:1], t.view(1), output.chunk(2)
 
+
+@pytest.mark.parametrize("kind", ["prior", "plus"])
+def test_guided_noise_is_exactly_that_of_the_diffusers_pipeline(kind, folder, request):
+    prior = request.getfixturevalue(kind)
+    file = "ip-adapter_sd15.safetensors" if kind == "prior" else Path(PLUS).name
+    depth = torch.rand(1, 3, 64, 64)
+    latents_t, t, (nothing, given) = pipeline_step(folder, prior.controlnet, depth, file)
     condition = prior.condition("a bronze statue", picture(), 0.6, depth_scale=0.7)
-    (latents_t, t), eps = seen[0]
-    eps_nothing, eps_condition = eps.chunk(2)
-    ours = guided_noise(prior, latents_t[:1], t.view(1), condition, 7.5, depth)
-    assert torch.equal(ours, eps_nothing + 7.5 * (eps_condition - eps_nothing))
+    ours = guided_noise(prior, latents_t, t, condition, 7.5, depth)
+    assert torch.equal(ours, nothing + 7.5 * (given - nothing))
+
+
+def test_guided_noise_of_version_2_is_that_of_the_velocity_in_the_pipeline(sd2_folder, sd2):
+    depth = torch.rand(1, 3, 64, 64)
+    latents_t, t, (nothing, given) = pipeline_step(sd2_folder, sd2.controlnet, depth)
+    velocity = nothing + 7.5 * (given - nothing)
+    scheduler = DDPMScheduler.from_pretrained(sd2_folder, subfolder="scheduler")
+    abar = scheduler.alphas_cumprod[t]
+    condition = sd2.condition("a bronze statue", depth_scale=0.7)
+    ours = guided_noise(sd2, latents_t, t, condition, 7.5, depth)
+    torch.testing.assert_close(ours, abar.sqrt() * velocity + (1 - abar).sqrt() * latents_t)
+    assert (t, abar) == (999, 0)  # Trailing steps begin where no signal is left.
 
 
 def test_every_condition_has_an_effect_on_the_noise(prior):
@@ -165,6 +215,14 @@ def test_prompts_in_a_batch_equal_prompts_alone(prior):
     assert alone.shape == (3, 32, 32)
 
 
+def test_text_is_padded_as_the_folder_says(sd2, prior):
+    ids = [clip_tokenize(p.tokenizer, ["an elf"], 32)[0] for p in (sd2, prior)]
+    assert [len(set(row.tolist())) for row in ids] == [8, 7]  # Letters, start, end and padding.
+    assert ids[0][-1] == 0  # An exclamation mark, in version 2.
+    states = sd2.text_encoder(ids[0][None]).last_hidden_state
+    torch.testing.assert_close(sd2.encode_text(["an elf"]), states)
+
+
 def test_prompt_beyond_the_limit_is_cut_with_a_warning_that_names_what_is_lost(prior):
     long = "a " * 30 + "tail"  # Every letter is a token; 30 of them fit.
     with pytest.warns(UserWarning, match="'tail'"):
@@ -181,6 +239,48 @@ def test_latents_are_the_scaled_mode_and_decode_inverts_the_scale(prior):
     torch.testing.assert_close(prior.decode_latents(latents), decoded, atol=1e-4, rtol=1e-4)
     assert latents.shape == (1, 4, 8, 8)
     assert (prior.image_size, prior.vae_scale_factor) == (64, 8)
+
+
+@pytest.mark.parametrize("kind", ["prior", "taesd"])
+def test_noisy_latents_are_those_of_the_diffusers_pipeline(kind, request):
+    prior = request.getfixturevalue(kind)
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, steps_offset=1, clip_sample=False)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        prior.vae, prior.text_encoder, prior.tokenizer, prior.unet, scheduler, None, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    images, t, draws = picture(height=64, width=64), torch.tensor([300]), torch.Generator()
+    theirs = pipeline.prepare_latents(images, t, 1, 1, torch.float32, "cpu", draws.manual_seed(0))
+    latents = prior.encode_images(images)
+    draws.manual_seed(0)
+    if kind == "prior":  # The pipeline draws from the posterior.
+        deviation = prior.vae.encode(images).latent_dist.std
+        latents = latents + 0.18215 * deviation * torch.randn(1, 4, 8, 8, generator=draws)
+    noise = torch.randn(1, 4, 8, 8, generator=draws)
+    torch.testing.assert_close(scheduler.add_noise(latents, noise, t), theirs)
+
+
+def test_taesd_works_on_scaled_latents_and_keeps_the_rest_of_the_model(taesd, prior):
+    images = picture(height=64, width=64).requires_grad_()
+    latents = taesd.encode_images(images)
+    latents.square().sum().backward()
+    assert torch.equal(latents, taesd.vae.encode(images).latents)
+    assert (images.grad != 0).any()
+    assert torch.equal(taesd.decode_latents(latents), taesd.vae.decode(latents).sample)
+    assert (taesd.image_size, taesd.vae_scale_factor) == (64, 8)
+    condition = prior.condition("an elf", picture())
+    assert torch.equal(predict(taesd, condition), predict(prior, condition))
+
+
+def test_shift_of_latents_is_taken_off_before_they_are_scaled(prior, copy):
+    edit_json(copy / "vae/config.json", shift_factor=0.5, scaling_factor=2.0)
+    shifted = DiffusionPrior.from_pretrained(copy)
+    images = picture(height=64, width=64)
+    latents = shifted.encode_images(images)
+    torch.testing.assert_close(latents, 2 * (prior.encode_images(images) / 0.18215 - 0.5))
+    mode = prior.vae.encode(images).latent_dist.mode()
+    decoded = prior.vae.decode(mode).sample
+    torch.testing.assert_close(shifted.decode_latents(latents), decoded, atol=1e-4, rtol=1e-4)
 
 
 def test_images_that_do_not_divide_into_latent_cells_are_refused(prior):
@@ -218,6 +318,37 @@ def test_half_precision_networks_still_speak_float32(folder, prior):
     exact, rounded = (predict(p, p.condition("an elf", picture()), depth) for p in (prior, half))
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+
+
+def test_every_network_is_spoken_to_in_its_own_precision(prior, copy):
+    mixed = DiffusionPrior.from_pretrained(copy)
+    mixed.controlnet.to(torch.bfloat16)
+    mixed.text_encoder.to(torch.bfloat16)
+    mixed.vae.to(torch.bfloat16)
+    depth = torch.rand(2, 3, 64, 64)
+    exact, rounded = (predict(p, p.condition("an elf"), depth) for p in (prior, mixed))
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+    latents = mixed.encode_images(picture(height=64, width=64))
+    assert mixed.decode_latents(latents).dtype == latents.dtype == rounded.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_schedule_and_prediction_are_those_of_whatever_scheduler_a_folder_names(
+    scheduler, options, copy
+):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = getattr(diffusers, scheduler)(**betas, **options)
+    theirs.save_pretrained(copy / "scheduler")
+    prior = DiffusionPrior.from_pretrained(copy)
+    torch.testing.assert_close(prior.alphas_cumprod, theirs.alphas_cumprod)
+    assert prior.predicts_velocity == (options.get("prediction_type") == "v_prediction")
 
 
 def test_schedule_is_the_folders_own(prior):
@@ -266,16 +397,87 @@ def test_parts_named_explicitly_win_over_those_beside_the_model(folder, prior, t
 
 
 def test_loading_is_silent_and_never_looks_for_a_network(
-    folder, monkeypatch, capfd, caplog, recwarn
+    folder, taesd_folder, tmp_path, monkeypatch, capfd, caplog, recwarn
 ):
+    options = {"vae": taesd_folder}
+    if importlib.util.find_spec("peft"):
+        write_lora(tmp_path / "style.safetensors", folder)
+        options["lora"] = tmp_path
     calls = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: calls.append(args))
     for library in ("diffusers", "transformers"):  # Their loggers do not propagate.
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    DiffusionPrior.from_pretrained(folder)
+    capfd.readouterr()
+    DiffusionPrior.from_pretrained(folder, **options)
     assert not calls
     assert capfd.readouterr() == ("", "")
     assert not caplog.records and not recwarn.list
+
+
+WEIGHTS = "**/*.safetensors"
+
+
+def test_folder_of_half_precision_files_alone_is_loaded(prior, copy):
+    for file in [*copy.glob(WEIGHTS)]:
+        if file.name.startswith("ip-adapter"):
+            continue
+        halves = {key: value.half() for key, value in load_file(file).items()}
+        save_file(halves, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        file.unlink()
+    half = DiffusionPrior.from_pretrained(copy)
+    for name in ("vae", "unet", "text_encoder", "controlnet", "image_encoder"):
+        ours, theirs = (getattr(p, name).state_dict() for p in (half, prior))
+        for key in theirs:
+            adapter = "_ip." in key or key.startswith("encoder_hid_proj")
+            expected = theirs[key] if adapter else theirs[key].half().float()
+            torch.testing.assert_close(ours[key], expected, atol=0, rtol=0, msg=key)
+
+
+def test_whole_precision_files_come_before_half_precision_ones(prior, copy):
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    halves = {key: value.half() for key, value in load_file(file).items()}
+    save_file(halves, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    weight = DiffusionPrior.from_pretrained(copy).unet.conv_in.weight
+    assert torch.equal(weight, prior.unet.conv_in.weight)
+
+
+def pickle_files(folder):
+    """Turn a folder's .safetensors into .bin, as older folders have."""
+    for file in [*folder.glob(WEIGHTS)]:
+        name = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+
+
+def test_folder_of_bin_files_alone_is_loaded(prior, copy):
+    adapters = shutil.move(copy / "ip_adapter/models/ip-adapter_sd15.safetensors", copy / "kept")
+    pickle_files(copy)
+    shutil.move(adapters, copy / "ip_adapter/models/ip-adapter_sd15.safetensors")
+    condition, depth = prior.condition("an elf", picture()), torch.rand(2, 3, 64, 64)
+    pickled = DiffusionPrior.from_pretrained(copy)
+    assert torch.equal(predict(pickled, condition, depth), predict(prior, condition, depth))
+    assert torch.equal(pickled.encode_text(["an elf"]), prior.encode_text(["an elf"]))
+    assert torch.equal(pickled.encode_reference(picture()), prior.encode_reference(picture()))
+
+
+class Attack:
+    """A pickle of it makes the file `hacked` when it is read carelessly."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_code_hidden_in_a_bin_file_is_never_run(part, copy, tmp_path):
+    pickle_files(copy / part)
+    (file,) = (copy / part).glob("*.bin")
+    torch.save({"weight": Attack(tmp_path / "hacked")}, file)
+    with pytest.raises(ValueError, match=str(copy / part)):
+        DiffusionPrior.from_pretrained(copy)
+    assert not (tmp_path / "hacked").exists()
 
 
 def edit_json(path, **changes):
@@ -335,6 +537,11 @@ DAMAGES = {
         "vae",
     ),
     "misshapen": (lambda d: edit_json(d / "vae/config.json", latent_channels=8), "vae"),
+    "class_labels": (
+        lambda d: edit_json(d / "unet/config.json", class_embed_type="identity"),
+        "class_embed_type",
+    ),
+    "vae_of_no_kind": (lambda d: replace(d / "vae", d / "unet"), "UNet2DConditionModel"),
     "bad_json": (lambda d: (d / "unet/config.json").write_text("{"), "unet"),
     "bad_vocabulary": (lambda d: (d / "vocabulary.json").write_text("[]"), "vocabulary.json"),
     "flow": (
@@ -377,6 +584,62 @@ def test_parts_of_different_attention_widths_are_refused(part, folder, copy, tmp
     assert "\n" not in str(caught.value)
 
 
+def test_adapters_of_version_1_are_refused_beside_version_2(folder, sd2_folder):
+    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* width 32, the UNet to 48"):
+        DiffusionPrior.from_pretrained(sd2_folder, controlnet=folder / "controlnet")
+    with pytest.raises(ValueError, match=f"^{folder}/ip_adapter/models/.*48"):
+        DiffusionPrior.from_pretrained(sd2_folder, ip_adapter=folder / "ip_adapter")
+
+
+@pytest.mark.parametrize(("key", "value"), [("conditioning_channels", 1), ("layers_per_block", 2)])
+def test_controlnet_of_another_build_is_refused(key, value, folder, copy):
+    config = copy / "controlnet/config.json"
+    options = json.loads(config.read_text()) | {key: value}
+    shutil.rmtree(copy / "controlnet")
+    diffusers.ControlNetModel.from_config(options).save_pretrained(copy / "controlnet")
+    with pytest.raises(ValueError, match=f"^{copy}/controlnet: "):
+        DiffusionPrior.from_pretrained(copy)
+
+
+def test_vae_of_another_folder_replaces_the_models_own(folder, prior, tmp_path):
+    other = build_prior(tmp_path, seed=1)
+    images = picture(height=64, width=64)
+    expected = DiffusionPrior.from_pretrained(other).encode_images(images)
+    for source in (other, other / "vae"):
+        mixed = DiffusionPrior.from_pretrained(folder, vae=source)
+        assert torch.equal(mixed.encode_images(images), expected)
+    assert torch.equal(mixed.unet.conv_in.weight, prior.unet.conv_in.weight)
+
+
+OTHER_VAES = {
+    "scale": ({"scaling_factor": 0.13025}, "0.13025"),
+    "channels": ({"latent_channels": 16}, "16 channels"),
+    "cells": (
+        {
+            "block_out_channels": [4, 8, 8],
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+        },
+        "cells of 4 px",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_VAES)
+def test_vae_of_another_kind_of_model_is_refused(kind, folder, tmp_path):
+    changes, reason = OTHER_VAES[kind]
+    config = json.loads((folder / "vae/config.json").read_text()) | changes
+    diffusers.AutoencoderKL.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*{reason}"):
+        DiffusionPrior.from_pretrained(folder, vae=tmp_path)
+
+
+def test_vae_that_is_none_is_refused(folder, tmp_path):
+    for source, reason in ((folder / "unet", "UNet2D"), (tmp_path, "config"), ("x", "neither")):
+        with pytest.raises(ValueError, match=f"^{source}.*{reason}"):
+            DiffusionPrior.from_pretrained(folder, vae=source)
+
+
 @pytest.mark.parametrize(
     "source", ["no/such/folder", "nowhere", "/no/folder", "x" * 300, f"x/{'y' * 300}"]
 )
@@ -385,12 +648,138 @@ def test_source_that_is_neither_folder_nor_hub_id_is_refused(source):
         DiffusionPrior.from_pretrained(source)
 
 
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("ip_adapter", "nowhere"), ("ip_adapter", "/no/adapter.bin"), ("lora", "x" * 300)],
+)
+def test_weights_that_are_nowhere_are_refused_by_name(kind, source, folder):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=f"^{source} is neither a file, a folder nor a hub id"):
+        DiffusionPrior.from_pretrained(folder, **{kind: source})
+
+
 def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
+    pytest.importorskip("peft")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for kind in ("source", "controlnet", "ip_adapter"):
-        with pytest.raises(ValueError, match="^no-user/no-model.*hub") as caught:
-            DiffusionPrior.from_pretrained(**({"source": folder} | {kind: "no-user/no-model"}))
+    sources = dict.fromkeys(["source", "controlnet", "ip_adapter", "vae"], "no-user/no-model")
+    sources["lora"] = "no-user/no-model/loras/style.safetensors"
+    for kind, source in sources.items():
+        with pytest.raises(ValueError, match=f"^{source}.*hub") as caught:
+            DiffusionPrior.from_pretrained(**({"source": folder} | {kind: source}))
         assert "\n" not in str(caught.value)
+
+
+# LoRA.
+
+
+@pytest.fixture
+def lora(folder, tmp_path):
+    pytest.importorskip("peft")
+    write_lora(tmp_path / "style.safetensors", folder)
+    return tmp_path / "style.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("kohya", "style.safetensors"),
+        ("peft", "style.safetensors"),
+        ("header", "style.safetensors"),
+        ("processor", "style.bin"),
+    ],
+)
+def test_lora_is_added_to_the_weights_it_names_and_to_no_other(
+    layout, file, folder, prior, tmp_path
+):
+    pytest.importorskip("peft")
+    changes = write_lora(tmp_path / file, folder, layout)
+    assert len(changes) >= 6
+    styled = DiffusionPrior.from_pretrained(folder, lora=tmp_path, lora_scale=0.7)
+    for part in ("unet", "text_encoder"):
+        ours, theirs = (getattr(p, part).state_dict() for p in (styled, prior))
+        assert ours.keys() == theirs.keys()  # No wrapper is left, and the IP-Adapter is there.
+        for key, weight in theirs.items():
+            change = 0.7 * changes.get(f"{part}.{key}", torch.zeros(()))
+            torch.testing.assert_close(ours[key], weight + change, msg=key)
+        assert not any(p.requires_grad for p in getattr(styled, part).parameters())
+
+
+def test_guided_noise_with_a_lora_is_that_of_the_diffusers_pipeline(folder, lora):
+    styled = DiffusionPrior.from_pretrained(folder, lora=lora, lora_scale=0.7)
+    depth = torch.rand(1, 3, 64, 64)
+    latents_t, t, (nothing, given) = pipeline_step(
+        folder, styled.controlnet, depth, "ip-adapter_sd15.safetensors", lora
+    )
+    condition = styled.condition("a bronze statue", picture(), 0.6, depth_scale=0.7)
+    ours = guided_noise(styled, latents_t, t, condition, 7.5, depth)
+    torch.testing.assert_close(ours, nothing + 7.5 * (given - nothing), atol=1e-5, rtol=1e-4)
+
+
+def test_lora_of_weight_zero_changes_nothing(folder, prior, lora):
+    plain = DiffusionPrior.from_pretrained(folder, lora=lora, lora_scale=0.0)
+    condition = prior.condition("an elf", picture())
+    assert torch.equal(plain.encode_text(["an elf"]), prior.encode_text(["an elf"]))
+    assert torch.equal(predict(plain, condition), predict(prior, condition))
+
+
+def test_lora_of_version_2_fits_version_2_alone(folder, sd2_folder, sd2, lora):
+    changes = write_lora(lora, sd2_folder, "kohya")
+    styled = DiffusionPrior.from_pretrained(sd2_folder, lora=lora)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    change = styled.unet.state_dict()[name] - sd2.unet.state_dict()[name]
+    torch.testing.assert_close(change, changes[f"unet.{name}"], atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=f"^{lora}: is of another model: "):
+        DiffusionPrior.from_pretrained(folder, lora=lora)
+
+
+def rename(state, old, new):
+    return {key.replace(old, new): value for key, value in state.items()}
+
+
+SDXL = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
+MISFITS = {
+    "no layer": (lambda s: rename(s, "mid_block", "end_block"), "no layer for unet.end_block"),
+    "nothing": (lambda s: rename(s, "unet.", "base_model.model."), "no layer for base_model"),
+    "two text encoders": (lambda s: s | {SDXL: torch.zeros(2, 32)}, "no layer for text_encoder_2"),
+    "text width": (
+        lambda s: {k: v[:, :16].contiguous() if "q_proj.lora_A" in k else v for k, v in s.items()},
+        "q_proj.lora_A.weight is [2, 16]",
+    ),
+    "one side": (lambda s: {k: v for k, v in s.items() if "conv1.lora_B" not in k}, "lacks half"),
+    "no number": (lambda s: {k: v * torch.nan for k, v in s.items()}, "NaNs"),
+    "whole weights": (lambda s: {"unet.conv_in.weight": torch.zeros(2)}, "no LoRA weights"),
+    "magnitudes": (
+        lambda s: {"lora_unet_conv_in.dora_scale": torch.ones(1)},
+        "DoRA",
+    ),
+    "another format": (lambda s: {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "hada_w1_a"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_lora_that_does_not_fit_is_refused_in_one_line(misfit, folder, lora, capfd, recwarn):
+    change, reason = MISFITS[misfit]
+    save_file(change(load_file(lora)), lora)
+    with pytest.raises(ValueError) as caught:
+        DiffusionPrior.from_pretrained(folder, lora=lora)
+    message = str(caught.value)
+    assert message.startswith(f"{lora}: ") and "\n" not in message and len(message) < 500
+    assert reason in message
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_one_of_several_loras_in_a_folder_must_be_named(folder, lora):
+    shutil.copy(lora, lora.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match=f"^{lora.parent}: .*other.safetensors"):
+        DiffusionPrior.from_pretrained(folder, lora=lora.parent)
+    lora.rename(lora.with_name("pytorch_lora_weights.safetensors"))
+    DiffusionPrior.from_pretrained(folder, lora=lora.parent)
+
+
+def test_lora_without_peft_is_refused_with_a_hint(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="^style.bin: .*pip install peft"):
+        DiffusionPrior.from_pretrained(folder, lora="style.bin")
 
 
 # Depth as a condition.

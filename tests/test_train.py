@@ -476,7 +476,8 @@ def test_presets_settle_every_option_and_no_base_undoes_a_method():
             assert not base_preset.keys() & preset.keys()
             cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
             open_options = {name for name, value in vars(cfg).items() if value is None}
-            assert open_options <= {"image", "adapters", "device", "generator"}
+            optional = {"image", "adapters", "lora", "vae", "device", "generator"}
+            assert open_options <= optional
             assert method in train.LEARNS
 
 
@@ -487,6 +488,40 @@ def test_local_files_are_found_from_any_folder(monkeypatch, tmp_path):
     assert Path(train.locate(cfg.generator)).samefile(world() / "generator.safetensors")
     assert train.locate("losses.py") == str(Path(train.__file__).parent / "losses.py")
     assert train.locate("user/model") == "user/model"
+
+
+def test_lora_counts_in_full_unless_a_weight_is_given():
+    for given, settled in ((("a.bin",), ("a.bin", 1.0)), (("a.bin", 0.3), ("a.bin", 0.3))):
+        assert train.resolve(train.Config(prompt="x", lora=given)).lora == settled
+
+
+@pytest.mark.parametrize(
+    ("changes", "loaded"),
+    [
+        ({"prompt": "x"}, ["depth", None]),
+        ({"image": Path("x.png")}, ["depth", "picture"]),
+        ({"prompt": "x", "depth_scale": 0.0}, [None, None]),
+        ({"prompt": "x", "adapters": ("depth",)}, ["depth", None]),
+    ],
+    ids=str,
+)
+def test_adapters_are_loaded_where_a_run_uses_them(changes, loaded, monkeypatch):
+    def load(source, *adapters, **_):
+        assert list(adapters) == loaded
+        raise Stopped
+
+    monkeypatch.setattr(DiffusionPrior, "from_pretrained", load)
+    cfg = train.resolve(train.Config(**{"adapters": ("depth", "picture")} | changes))
+    with pytest.raises(Stopped):
+        train.load_prior(cfg, torch.device("cpu"))
+
+
+def test_picture_needs_an_adapter_for_it(tmp_path):
+    Image.new("L", (30, 30), 200).save(tmp_path / "grey.png")
+    shutil.copytree(world() / "diffusion", tmp_path / "diffusion")
+    shutil.rmtree(tmp_path / "diffusion/ip_adapter")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/diffusion has no IP-Adapter.*--adapters"):
+        run(tmp_path / "run", image=tmp_path / "grey.png", diffusion=tmp_path / "diffusion")
 
 
 def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
@@ -507,10 +542,15 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
         {"trunc": 0.5},
         {"t_range": (0.02, 0.98, 0.1)},
         {"prompt": "a bronze"},
+        {"vae": "taesd"},
+        {"lora": ("lora.safetensors",)},
     ],
     ids=str,
 )
-def test_option_reaches_the_gradient(tmp_path, one_step, change):
+def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
+    if "lora" in change:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(world())
     row = run(tmp_path, steps=1, **change)["log.jsonl"][0]
     assert row["grad_norm"] != one_step["log.jsonl"][0]["grad_norm"]
 

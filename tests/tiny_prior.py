@@ -1,15 +1,23 @@
 """Tiny pretrained folders with random weights, in the very formats the real ones have.
 
 `build_prior` writes a diffusers folder (Stable Diffusion for 64 px images, a depth ControlNet, an
-IP-Adapter and its Plus form), `build_clip` and `build_dino` the two feature extractors. The weights
-follow from a seed; building all of them takes about a second. `FakePrior` needs no folder.
+IP-Adapter and its Plus form), `build_sd2` one like version 2.1, `build_taesd` a TAESD, `write_lora`
+a LoRA, `build_clip` and `build_dino` the two feature extractors. The weights follow from a seed;
+building all of them takes about a second. `FakePrior` needs no folder.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    DDPMScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,6 +53,18 @@ VISION = {
     "patch_size": 8,
     "projection_dim": 24,
 }
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+LORA_LAYERS = [
+    ("unet", f"{BLOCK}.attn1.to_q"),
+    ("unet", f"{BLOCK}.attn2.to_k"),
+    ("unet", f"{BLOCK}.attn2.to_out.0"),
+    ("unet", f"{BLOCK}.ff.net.0.proj"),
+    ("unet", "down_blocks.1.attentions.0.proj_in"),
+    ("unet", "mid_block.resnets.0.conv1"),
+    ("text_encoder", "encoder.layers.0.self_attn.q_proj"),
+    ("text_encoder", "encoder.layers.1.self_attn.out_proj"),
+    ("text_encoder", "encoder.layers.1.mlp.fc1"),
+]
 
 
 class FakePrior:
@@ -75,10 +95,17 @@ class FakePrior:
 
 
 def build_prior(
-    folder: Path, prediction_type: str = "epsilon", text_width: int = 32, seed: int = 0
+    folder: Path,
+    prediction_type: str = "epsilon",
+    text_width: int = 32,
+    seed: int = 0,
+    unet_config: dict | None = None,
+    text_config: dict | None = None,
+    scheduler_config: dict | None = None,
 ) -> Path:
     """Write a diffusers folder with controlnet/ and ip_adapter/ inside, and return it."""
     torch.manual_seed(seed)
+    unet_config = {"attention_head_dim": 4} | (unet_config or {})
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32),
@@ -86,8 +113,8 @@ def build_prior(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_width,
-        attention_head_dim=4,
         norm_num_groups=8,
+        **unet_config,
     )
     controlnet = ControlNetModel.from_unet(unet)
     _wake_controlnet(controlnet)
@@ -103,8 +130,10 @@ def build_prior(
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
+        **(scheduler_config or {}),
     )
-    text_encoder = CLIPTextModel(CLIPTextConfig(**{**TEXT, "hidden_size": text_width}))
+    text_config = TEXT | {"hidden_size": text_width} | (text_config or {})
+    text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
     for name, part in {
         "unet": unet,
         "controlnet": controlnet,
@@ -129,6 +158,76 @@ def build_prior(
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "vocabulary.json").write_text(json.dumps({"words": ["a", "bronze", "statue"]}))
     return folder
+
+
+def build_sd2(folder: Path) -> Path:
+    """Write a folder with what sets Stable Diffusion 2.1 apart, with controlnet/, and return it."""
+    build_prior(
+        folder,
+        prediction_type="v_prediction",
+        text_width=48,
+        unet_config={
+            "attention_head_dim": [2, 4, 4],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        text_config={"hidden_act": "gelu", "num_hidden_layers": 3},
+        scheduler_config={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    )
+    (folder / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    shutil.rmtree(folder / "ip_adapter")  # There is none for its text width.
+    return folder
+
+
+def build_taesd(folder: Path) -> Path:
+    """Write an AutoencoderTiny folder, and return it."""
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_lora(file: Path, prior: Path, layout: str = "peft", alpha: float = 1.0) -> dict:
+    """Write a LoRA of rank 2 for some layers of each kind, and return what it adds to weights.
+
+    Args:
+        file: A .safetensors, or a .bin.
+        prior: What `build_prior` or `build_sd2` wrote.
+        layout: How weights are named: "kohya", "peft", "processor" as diffusers did before, or
+            "header", as peft's with alpha in the file's header.
+        alpha: Scales the change by alpha / rank; "peft" and "processor" cannot tell it.
+
+    Returns:
+        {"unet.<layer>.weight" or "text_encoder.<layer>.weight": change}.
+    """
+    networks = {
+        "unet": UNet2DConditionModel.from_pretrained(prior / "unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(prior / "text_encoder"),
+    }
+    torch.manual_seed(0)
+    state, changes, header = {}, {}, {}
+    scale = alpha / 2 if layout in ("kohya", "header") else 1.0
+    for part, name in LORA_LAYERS:
+        if layout == "processor" and ".attn" not in name and part == "unet":
+            continue  # That format had no others.
+        weight = networks[part].get_submodule(name).weight
+        down = 0.3 * torch.randn(2, *weight.shape[1:])
+        up = 0.3 * torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+        change = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        changes[f"{part}.{name}.weight"] = scale * change
+        state.update(LORA_NAMES[layout](part, name, down, up, alpha))
+        header |= {f"{part}.r": 2, f"{part}.lora_alpha": alpha}
+        header.setdefault(f"{part}.target_modules", []).append(name)
+    if file.suffix == ".safetensors":
+        metadata = {"lora_adapter_metadata": json.dumps(header)} if layout == "header" else {}
+        save_file(state, file, metadata={"format": "pt"} | metadata)
+    else:
+        torch.save(state, file)
+    return changes
 
 
 def build_clip(folder: Path, seed: int = 0) -> Path:
@@ -195,6 +294,35 @@ def write_ip_adapters(folder: Path, unet: UNet2DConditionModel) -> None:
     )
     plus = {"image_proj": _plus_keys(resampler.state_dict()), "ip_adapter": keys_values}
     torch.save(plus, folder / "ip-adapter-plus_sd15.bin")
+
+
+def _kohya(part: str, name: str, down: Tensor, up: Tensor, alpha: float) -> list:
+    """Return a layer's LoRA under kohya's names."""
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part]
+    key = prefix + name.replace(".", "_")
+    sides = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+    return [(f"{key}.{side}", value) for side, value in sides.items()]
+
+
+def _peft(part: str, name: str, down: Tensor, up: Tensor, _: float) -> list:
+    """Return a layer's LoRA under the names that diffusers' training scripts write."""
+    key = {"unet": "unet", "text_encoder": "text_encoder.text_model"}[part] + f".{name}"
+    return [(f"{key}.lora_A.weight", down), (f"{key}.lora_B.weight", up)]
+
+
+def _processor(part: str, name: str, down: Tensor, up: Tensor, _: float) -> list:
+    """Return a layer's LoRA under the names of the first attention processors."""
+    parent, layer = name.removesuffix(".0").rsplit(".", 1)
+    if part == "unet":
+        key = f"unet.{parent}.processor.{layer}_lora"
+    elif "attn" in parent:
+        key = f"text_encoder.text_model.{parent}.to_{layer.removesuffix('_proj')}_lora"
+    else:
+        key = f"text_encoder.text_model.{name}.lora_linear_layer"
+    return [(f"{key}.down.weight", down), (f"{key}.up.weight", up)]
+
+
+LORA_NAMES = {"kohya": _kohya, "peft": _peft, "header": _peft, "processor": _processor}
 
 
 def _plus_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_prior import build_clip, build_dino, build_prior
+from tiny_prior import build_clip, build_dino, build_prior, build_taesd, write_lora
 
 import train
 from models.checkpoint import load_checkpoint, save_generator
@@ -62,6 +62,8 @@ def build_generator(seed: int = 0) -> TriPlaneGenerator:
 def world() -> Path:
     """Return a folder with all that a run reads: generator.safetensors, diffusion/, dino/, clip/.
 
+    And with what it may read besides: taesd/ and lora.safetensors.
+
     It is built once, and removed when Python ends.
     """
     world.folder = tempfile.TemporaryDirectory()
@@ -70,6 +72,8 @@ def world() -> Path:
     build_prior(folder / "diffusion")
     build_dino(folder / "dino")
     build_clip(folder / "clip")
+    build_taesd(folder / "taesd")
+    write_lora(folder / "lora.safetensors", folder / "diffusion")
     return folder
 
 
