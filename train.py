@@ -84,6 +84,8 @@ BASES = {
     "ffhq": STABLE_DIFFUSION,
     "afhq": STABLE_DIFFUSION,
 }
+# EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
+EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
 
@@ -113,9 +115,11 @@ class Config:
 
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
     """World of the generator: its presets. Only puppets comes with a generator; for the others give
-    a .safetensors, since EG3D's .pkl cannot be read yet."""
+    one of EG3D's .pkl."""
     method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
-    generator: str | None = None  # Generator to adapt: .safetensors file or run folder.
+    generator: str | None = None
+    """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
+    run folder."""
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
     adapters: tuple[str, str] | None = None
     """Depth ControlNet and IP-Adapter of the prior, if its folder does not hold them."""
@@ -307,8 +311,8 @@ def check_options(cfg: Config) -> None:
         raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
     if cfg.generator is None:
         raise ValueError(
-            f"--base {cfg.base} comes without a generator: give --generator FILE, a .safetensors "
-            "(EG3D's .pkl cannot be read yet)"
+            f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
+            f"{EG3D_FILES[cfg.base]} or another .pkl or .safetensors"
         )
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')}"
