@@ -44,7 +44,7 @@ MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
 class Config:
     """Options of render.py."""
 
-    ckpt: str  # Run folder, or generator file (.safetensors).
+    ckpt: str  # Run folder, or generator: .safetensors, EG3D's .pkl, hub id user/repo/file, URL.
     out: Path = Path("renders")  # Folder for the pictures; equal names are replaced.
 
     seeds: str = "0-7"  # Latent codes, such as 0-7,12 (ends included).

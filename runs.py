@@ -136,7 +136,7 @@ def portable(source: str) -> str:
     """Name a local file or folder so that it is found again from any working directory.
 
     The repository's own files are named relative to it, so that run folders can be moved with it
-    to another machine; other files get their absolute path; hub ids stay.
+    to another machine; other files get their absolute path; hub ids and URLs stay.
     """
     path = Path(source).resolve()
     if not os.path.exists(path):  # False for names too long for the system; Path raises.
@@ -145,7 +145,7 @@ def portable(source: str) -> str:
 
 
 def locate(source: str) -> str:
-    """Return the path, or hub id, that `portable` named."""
+    """Return the path, hub id or URL that `portable` named."""
     path = REPOSITORY / source
     return str(path) if os.path.exists(path) else source
 

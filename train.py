@@ -90,6 +90,8 @@ BASES = {
     # Cats as StyleGAN-Fusion turns them into dogs.
     "afhq": STABLE_DIFFUSION | {"steps": 2000, "t_range": (0.01, 0.3)},
 }
+# EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
+EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
 
@@ -120,9 +122,11 @@ class Config:
 
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
     """World of the generator: its presets. Only puppets comes with a generator; for the others give
-    a .safetensors, since EG3D's .pkl cannot be read yet."""
+    one of EG3D's .pkl."""
     method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
-    generator: str | None = None  # Generator to adapt: .safetensors file or run folder.
+    generator: str | None = None
+    """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
+    run folder."""
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
     adapters: tuple[str] | tuple[str, str] | None = None
     """Depth ControlNet of the prior and, for --image, its IP-Adapter: folders or hub ids, where its
@@ -328,8 +332,8 @@ def check_options(cfg: Config) -> None:
         raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
     if cfg.generator is None:
         raise ValueError(
-            f"--base {cfg.base} comes without a generator: give --generator FILE, a .safetensors "
-            "(EG3D's .pkl cannot be read yet)"
+            f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
+            f"{EG3D_FILES[cfg.base]} or another .pkl or .safetensors"
         )
     for name, value in vars(cfg).items():
         flag = f"--{name.replace('_', '-')}"

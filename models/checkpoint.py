@@ -2,7 +2,8 @@
 
 A generator file is a .safetensors whose tensors have EG3D's state-dict names and whose header
 holds, as JSON, what the constructor needs. A run folder is what train.py writes; of it, this
-module knows config.json, generator.safetensors and the newest two ckpt-<step>.pt.
+module knows config.json, generator.safetensors and the newest two ckpt-<step>.pt. Generators are
+also read from EG3D's own files (models/official.py), and by hub id or URL (models/download.py).
 """
 
 import json
@@ -15,12 +16,15 @@ from typing import BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from models.download import fetch
 from models.eg3d import TriPlaneGenerator
+from models.official import read_official_pickle, read_state_dict
 
 FORMAT = "eg3d-safetensors"
+READERS = {".pkl": read_official_pickle, ".pth": read_state_dict, ".pt": read_state_dict}
 KEPT_CHECKPOINTS = 2  # One more than a resume needs, should the newest prove unreadable.
 
 
@@ -28,28 +32,23 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
     """Load a generator: frozen, float32 and in eval mode, whatever precision it is stored in.
 
     Args:
-        source: A .safetensors written by `save_generator`, or a run folder.
+        source: A .safetensors written by `save_generator`, a run folder, EG3D's own .pkl (nothing
+            in it is executed), a state dict .pth of a released network, or one of these files by
+            hub id `user/repo/file` or URL. What exists here wins over a hub id.
         device: Where to put it.
 
     Raises:
         ValueError: the file is missing, foreign, damaged or of an unsupported kind; one line.
     """
-    path = _find_generator(Path(source))
-    header, tensors = _read_safetensors(path)
+    path = _find_generator(source)
+    read = READERS.get(path.suffix.lower(), _read_safetensors)
     try:
-        kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
-        G = TriPlaneGenerator(**kwargs)
-        G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
-        G.plane_axes = torch.tensor(header["plane_axes"]).view(3, 3, 3)
-        if G.neural_rendering_resolution < 1:
-            raise ValueError(f"neural_rendering_resolution {G.neural_rendering_resolution}")
-        G.cameras.frontal()  # Fails for a set-up that no camera can have.
-        G.load_state_dict(tensors)
-    # A foreign header can upset the constructor in any way.
+        G = _build_generator(*read(path))
+    # Foreign files can upset readers and the constructor in any way.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: header and weights make no generator ({reason})") from error
-    return G.float().eval().requires_grad_(False).to(device)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} holds no usable generator: {reason[:300]}") from error
+    return G.eval().requires_grad_(False).to(device)
 
 
 def save_generator(
@@ -126,12 +125,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in steps if steps[p]), key=lambda p: int(steps[p][1]), reverse=True)
 
 
-def _find_generator(source: Path) -> Path:
-    """Return the file that holds the weights of a file or run folder."""
-    if source.suffix == ".pkl":
-        raise ValueError(f"{source}: reading EG3D's pickles is not supported yet")
+def _find_generator(source: str | Path) -> Path:
+    """Return the file that holds the weights of a file, run folder, hub id or URL."""
     if not os.path.exists(source):  # False for names too long for the system; Path raises.
-        raise ValueError(f"{source}: no such file or run folder (hub ids are not supported yet)")
+        return fetch(str(source))
+    source = Path(source)
     if not source.is_dir():
         return source
     for name in ("config.json", "generator.safetensors"):
@@ -140,17 +138,31 @@ def _find_generator(source: Path) -> Path:
     return source / "generator.safetensors"
 
 
+def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenerator:
+    """Return the generator of a header as `save_generator` writes it; it takes over the tensors."""
+    kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
+    with torch.device("meta"):  # Random weights would take seconds, only to be replaced.
+        G = TriPlaneGenerator(**kwargs)
+    G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
+    G.plane_axes = torch.tensor(header["plane_axes"]).view(3, 3, 3)
+    if G.neural_rendering_resolution < 1:
+        raise ValueError(f"neural_rendering_resolution {G.neural_rendering_resolution}")
+    G.cameras.frontal()  # Fails for a set-up that no camera can have.
+    tensors.setdefault("dataset_label_std", torch.ones(G.c_dim))  # Only EG3D's training adds it.
+    G.load_state_dict(tensors, assign=True)
+    return G
+
+
 def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return the header that `save_generator` wrote and the tensors, float32."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: not written by this project (format is not {FORMAT})")
-            header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
-            return header, {name: file.get_tensor(name).float() for name in file.keys()}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no readable .safetensors ({error})") from error
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"not written by this project (format is not {FORMAT})")
+        header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
+        # Copied, since the generator must not depend on the file any more.
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
 
 def _sort_header(content: bytes) -> bytes:

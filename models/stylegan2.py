@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 NoiseMode = Literal["const", "random", "none"]
 FP16_CLAMP = 256.0  # EG3D clamps the activations of blocks that may run in half precision.
+MAX_MAPPING_LAYERS = 64  # A guard against files; StyleGAN2 has 8, EG3D 2.
 
 
 class FullyConnected(nn.Module):
@@ -31,7 +32,7 @@ class FullyConnected(nn.Module):
         """Create the layer; the bias starts at `bias_init`."""
         super().__init__()
         self.activation = activation
-        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.weight = nn.Parameter(_normal(out_features, in_features, std=1 / lr_multiplier))
         self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
@@ -56,8 +57,14 @@ class MappingNetwork(nn.Module):
         lr_multiplier: float = 0.01,
         w_avg_beta: float = 0.998,
     ) -> None:
-        """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`."""
+        """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`.
+
+        Raises:
+            ValueError: there are too many or too few layers.
+        """
         super().__init__()
+        if not 1 <= num_layers <= MAX_MAPPING_LAYERS:
+            raise ValueError(f"num_layers must be 1 to {MAX_MAPPING_LAYERS}, got {num_layers}")
         self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
         self.register_buffer("w_avg", torch.zeros(w_dim))
         self.embed = FullyConnected(c_dim, w_dim)
@@ -95,6 +102,11 @@ class MappingNetwork(nn.Module):
         return ws
 
 
+def _normal(*shape: int, std: float = 1.0) -> Tensor:
+    """Draw normal numbers; on the meta device randn would do it too, after importing sympy."""
+    return torch.normal(0.0, std, shape)
+
+
 def unit_rms(x: Tensor) -> Tensor:
     """Scale the rows of [B, N] to a root mean square of one."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
@@ -102,8 +114,8 @@ def unit_rms(x: Tensor) -> Tensor:
 
 def fir_filter() -> Tensor:
     """Return the resampling filter of every layer, outer([1, 3, 3, 1]) / 64, [4, 4]."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    return torch.outer(taps, taps) / 64
+    taps = (1, 3, 3, 1)
+    return torch.tensor([[a * b / 64 for b in taps] for a in taps])
 
 
 def upsample2d(x: Tensor, fir: Tensor) -> Tensor:
@@ -180,11 +192,11 @@ class SynthesisLayer(nn.Module):
         super().__init__()
         self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
         self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.weight = nn.Parameter(_normal(out_channels, in_channels, 3, 3))
         self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("resample_filter", fir_filter())
-        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        self.register_buffer("noise_const", _normal(resolution, resolution))
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
         """Map [B, C, H, W] with styles from w [B, D] to [B, C', R, R], R = `resolution`."""
@@ -215,7 +227,7 @@ class ToRGB(nn.Module):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.weight = nn.Parameter(_normal(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -247,7 +259,7 @@ class SynthesisBlock(nn.Module):
         super().__init__()
         self.up, self.use_fp16 = up, use_fp16
         if in_channels == 0:  # The first block starts from a learned constant.
-            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+            self.const = nn.Parameter(_normal(out_channels, resolution, resolution))
         self.register_buffer("resample_filter", fir_filter())
         if in_channels:
             self.conv0 = SynthesisLayer(

@@ -487,7 +487,9 @@ def test_local_files_are_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert Path(train.locate(cfg.generator)).samefile(world() / "generator.safetensors")
     assert train.locate("losses.py") == str(Path(train.__file__).parent / "losses.py")
-    assert train.locate("user/model") == "user/model"
+    for name in ("user/model", "user/repo/sub/g.pkl", "https://host/a/g.pkl?dl=1", "x" * 300):
+        assert train.resolve(train.Config(prompt="x", generator=name)).generator == name
+        assert train.locate(name) == name
 
 
 def test_lora_counts_in_full_unless_a_weight_is_given():

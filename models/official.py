@@ -1,0 +1,269 @@
+"""EG3D's own files: released .pkl, and state dicts (.pth) with EG3D's names.
+
+Both become what models/checkpoint.py builds a generator from: a header as in our files, and the
+tensors by state-dict key, float32. A .pkl holds the whole training state of a GAN, of which G_ema
+counts; a state dict holds no configuration, so its shapes must be a released network's.
+"""
+
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.eg3d import PLANE_AXES, TriPlaneGenerator
+from models.pickles import Inert, Stored, read_pickle
+
+GROUPS = ("_parameters", "_buffers", "_modules")
+SCALARS = (type(None), bool, int, float, str)
+POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
+HARMLESS = {"architecture": "skip"}  # Arguments of StyleGAN2 at the only value EG3D can have.
+FOREGROUND_DEPTH = 2.85  # Heads end before it, the background of faces and cats lies behind.
+FACE_RAYS = {"ray_start": 2.25, "ray_end": 3.3}
+MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
+MAX_NAME = 200  # Letters in a state-dict key.
+MAX_SETTINGS = 100  # Entries of a dict of settings.
+MAX_ENTRIES = 16  # Of a list of settings.
+
+RENDERING = {
+    "clamp_mode": "softplus",
+    "disparity_space_sampling": False,
+    "superresolution_noise_mode": "none",
+    "sr_antialias": True,
+    "c_scale": 1.0,
+    "decoder_lr_mul": 1.0,
+}
+FACES = RENDERING | {
+    **FACE_RAYS,
+    "superresolution_module": "training.superresolution.SuperresolutionHybrid8XDC",
+    "c_gen_conditioning_zero": False,
+    "depth_resolution": 48,
+    "depth_resolution_importance": 48,
+    "box_warp": 1,
+    "avg_camera_radius": 2.7,
+    "avg_camera_pivot": [0, 0, 0.2],
+}
+CARS = RENDERING | {
+    "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
+    "c_gen_conditioning_zero": True,
+    "depth_resolution": 64,
+    "depth_resolution_importance": 64,
+    "ray_start": 0.1,
+    "ray_end": 2.6,
+    "box_warp": 1.6,
+    "white_back": True,
+    "avg_camera_radius": 1.7,
+    "avg_camera_pivot": [0, 0, 0],
+}
+# Image size, neural rendering resolution and rendering_kwargs of the released networks.
+RELEASED = {
+    "ffhq512-128": (512, 128, FACES),
+    "afhqcats512-128": (512, 128, FACES | {"avg_camera_pivot": [0, 0, -0.06]}),
+    "shapenetcars128-64": (128, 64, CARS),
+}
+
+
+def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read the generator of a .pkl as EG3D's training writes it, executing nothing in it.
+
+    Returns:
+        The header and the tensors (see `checkpoint.save_generator`).
+
+    Raises:
+        ValueError: it holds no EG3D generator, or is damaged; the message names no file.
+    """
+    G = find_generator(read_pickle(path))
+    header, stored = describe(G), dict(parts(G))
+    if len({id(tensor.storage) for tensor in stored.values()}) < len(stored):
+        raise ValueError("several of its tensors share one storage")
+    return header, {name: tensor.load().float() for name, tensor in stored.items()}
+
+
+def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read a state dict with EG3D's names, and say on stderr which network it is taken for.
+
+    Faces and cats have one network; cats are known by "afhq" in the file's name.
+
+    Returns:
+        The header and the tensors (see `checkpoint.save_generator`).
+
+    Raises:
+        ValueError: it cannot be read without executing code, or its shapes are those of no
+            released network; the message names no file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # Whose message is advice on how to execute the code.
+        raise ValueError("it holds more than tensors and numbers, or is damaged") from error
+    for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
+        if isinstance(content, dict):
+            content = content.get(wrapper, content)
+    if not (isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())):
+        raise ValueError("it holds no state dict")
+
+    faces = "afhqcats512-128" if "afhq" in path.name.lower() else "ffhq512-128"
+    name = recognise(content, (faces, "shapenetcars128-64"))
+    img_resolution, neural_rendering_resolution, rendering_kwargs = RELEASED[name]
+    print(
+        f"note: {path} does not say how it is rendered; it is taken for {name}, with "
+        f"{neural_rendering_resolution} px before super-resolution",
+        file=sys.stderr,
+    )
+    header = {
+        "init_kwargs": released_arguments(img_resolution),
+        "rendering_kwargs": with_foreground(rendering_kwargs),
+        "neural_rendering_resolution": neural_rendering_resolution,
+        "plane_axes": PLANE_AXES,
+    }
+    return header, {name: tensor.float().contiguous() for name, tensor in content.items()}
+
+
+def find_generator(content: Any) -> Inert:
+    """Return the averaged generator, G_ema, of a pickle's content.
+
+    Raises:
+        ValueError: there is none, or it is another project's.
+    """
+    G = entries(content).get("G_ema")
+    if type(G) is not Inert:
+        raise ValueError("it holds no generator under the name G_ema")
+    modules = entries(entries(G.state).get("_modules"))
+    if "bcg_synthesis" in modules:
+        raise ValueError("it holds a generator of PanoHead, which is another network than EG3D's")
+    if "backbone" not in modules and {"mapping", "synthesis"} <= modules.keys():
+        raise ValueError("it holds a generator of StyleGAN2 or 3, which is another than EG3D's")
+    if not {"backbone", "decoder", "superresolution"} <= modules.keys():
+        raise ValueError(f"its G_ema is {G.name!r}, which is not EG3D's generator")
+    return G
+
+
+def describe(G: Inert) -> dict:
+    """Return the header of a pickled generator: how to build it, and how it renders."""
+    state = entries(G.state)
+    arguments = state.get("_init_args")
+    arguments = arguments if type(arguments) is tuple else ()
+    init_kwargs = plain(dict(zip(POSITIONAL, arguments, strict=False)))
+    init_kwargs |= plain(state.get("_init_kwargs"))
+    for argument, value in HARMLESS.items():
+        if init_kwargs.get(argument) == value:
+            del init_kwargs[argument]
+    # Training changes the generator's own rendering_kwargs, not those it was built with.
+    rendering_kwargs = plain(state.get("rendering_kwargs")) or init_kwargs.get(
+        "rendering_kwargs", {}
+    )
+    renderer = entries(state["_modules"]).get("renderer")
+    axes = entries(renderer.state).get("plane_axes") if type(renderer) is Inert else None
+    return {
+        "init_kwargs": init_kwargs,
+        "rendering_kwargs": with_foreground(rendering_kwargs),
+        "neural_rendering_resolution": state.get("neural_rendering_resolution", 64),
+        "plane_axes": axes.load().tolist() if type(axes) is Stored else PLANE_AXES,
+    }
+
+
+def with_foreground(rendering_kwargs: dict) -> dict:
+    """Add where the foreground of faces and cats ends, which no file of EG3D's says."""
+    of_faces = all(rendering_kwargs.get(name) == value for name, value in FACE_RAYS.items())
+    if not of_faces or rendering_kwargs.get("white_back"):
+        return rendering_kwargs
+    return {"foreground_depth": FOREGROUND_DEPTH} | rendering_kwargs
+
+
+def parts(G: Inert) -> Iterator[tuple[str, Stored]]:
+    """Yield a pickled module's parameters and buffers by state-dict key, in a state dict's order.
+
+    Raises:
+        ValueError: there are more of them than a generator can have, or they are no tensors.
+    """
+    left, pending = MAX_PARTS, [("", G)]
+    while pending:
+        prefix, module = pending.pop()
+        state = entries(module.state)
+        parameters, buffers, modules = (entries(state.get(group)) for group in GROUPS)
+        volatile = state.get("_non_persistent_buffers_set")
+        volatile = volatile if type(volatile) is list else []
+        # Counted before they are touched: a small file can nest and repeat them without end.
+        left -= 1 + len(parameters) + len(buffers) + len(modules) + len(volatile)
+        if left < 0 or len(prefix) > MAX_NAME:
+            raise ValueError("it has more parts than a generator can have")
+        for name, value in (parameters | buffers).items():
+            if value is None or name in volatile:
+                continue
+            if type(value) is not Stored or len(name) > MAX_NAME:
+                raise ValueError(f"{prefix}{name[:MAX_NAME]} is no tensor")
+            yield prefix + name, value
+        children = [(f"{prefix}{name[: MAX_NAME + 1]}.", m) for name, m in modules.items()]
+        pending += [(name, m) for name, m in reversed(children) if type(m) is Inert]
+
+
+def entries(value: Any) -> dict[str, Any]:
+    """Return a pickled dict, also one of EG3D's own class; anything else has no entries."""
+    value = value.items if type(value) is Inert else value
+    return value if type(value) is dict else {}
+
+
+def plain(settings: Any, depth: int = 2) -> dict[str, Any]:
+    """Return pickled settings as JSON knows them; what it does not know is left out.
+
+    Args:
+        settings: The dict.
+        depth: How many dicts may be nested.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    settings, kept = entries(settings), {}
+    if len(settings) > MAX_SETTINGS:
+        raise ValueError("it has more settings than a generator can have")
+    for name, value in settings.items():
+        if type(value) in SCALARS:
+            kept[name] = value
+        elif type(value) in (list, tuple) and len(value) <= MAX_ENTRIES:
+            if all(type(entry) in SCALARS for entry in value):
+                kept[name] = list(value)
+        elif depth > 1 and type(value) in (dict, Inert):
+            kept[name] = plain(value, depth - 1)
+    return kept
+
+
+def released_arguments(img_resolution: int) -> dict[str, Any]:
+    """Return the constructor arguments that the released networks share, and the image size."""
+    return {
+        "z_dim": 512,
+        "c_dim": 25,
+        "w_dim": 512,
+        "img_resolution": img_resolution,
+        "img_channels": 3,
+        "mapping_kwargs": {"num_layers": 2},
+        "sr_num_fp16_res": 4,
+    }
+
+
+def recognise(tensors: dict[str, Tensor], names: tuple[str, ...]) -> str:
+    """Return which of the released networks of these names has tensors of these shapes.
+
+    Raises:
+        ValueError: none; naming a difference to the most similar.
+    """
+    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    differences = {}
+    for name in names:
+        img_resolution, _, rendering_kwargs = RELEASED[name]
+        with torch.device("meta"):
+            G = TriPlaneGenerator(
+                **released_arguments(img_resolution), rendering_kwargs=rendering_kwargs
+            )
+        wanted = {key: list(tensor.shape) for key, tensor in G.state_dict().items()}
+        found = {"dataset_label_std": [25]} | given  # Which only EG3D's training adds.
+        keys = sorted(wanted.keys() | found.keys())
+        differences[name] = [key for key in keys if wanted.get(key) != found.get(key)]
+    name = min(differences, key=lambda name: len(differences[name]))
+    if differences[name]:
+        raise ValueError(
+            f"its shapes are those of no released network; {len(differences[name])} differ from "
+            f"{name}, such as {differences[name][0]}"
+        )
+    return name

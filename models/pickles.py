@@ -1,0 +1,328 @@
+"""Pickles of PyTorch networks, read without executing anything that is in them.
+
+A pickle is a program, and Python's reader calls whatever functions it names. Here a small machine
+steps through it that imports nothing and knows no functions but those of `CALLS`, which stand for
+what the pickles of EG3D call; any other is refused. It makes dicts, lists, tuples, strings and
+numbers, `Inert` objects in place of instances, and `Stored` tensors, which stay in the mapped file
+until `Stored.load`. Its work and memory are bounded by the file's size, whatever the file says.
+"""
+
+import math
+import mmap
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_STEPS = 1_000_000  # Released files take some 40 000.
+MAX_STORAGE_STEPS = 1_000  # In the small pickles before a tensor's numbers; torch takes some 50.
+MAX_NAME = 500  # Letters in the name of a class or function.
+MAX_ARGUMENTS = 16  # Of a call, and dimensions of a tensor.
+STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # The first thing in torch.save's old format.
+DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+NUMPY_SCALARS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+
+
+class Global(NamedTuple):
+    """The name of a class or function, which is never looked up."""
+
+    name: str
+
+
+class Inert:
+    """What stands for an object: its class's name, `args`, `state` and items, as far as given."""
+
+    __slots__ = ("args", "items", "name", "state")
+
+    def __init__(self, name: str, args: tuple = (), state: Any = None) -> None:
+        """Note what is known of the object."""
+        self.name, self.args, self.state = name, args, state
+        self.items: dict[str, Any] = {}
+
+
+class Stored(NamedTuple):
+    """A tensor that still lies in the file, as a view of a storage that torch.save wrote."""
+
+    storage: memoryview
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        """Copy the tensor out of the file.
+
+        Raises:
+            ValueError: the storage is damaged, or the tensor reaches beyond it.
+        """
+        shapes = type(self.size) is type(self.stride) is tuple
+        if not (shapes and len(self.size) == len(self.stride) <= MAX_ARGUMENTS):
+            raise ValueError("a tensor's size and stride make no shape")
+        if any(type(n) is not int or n < 0 for n in (self.offset, *self.size, *self.stride)):
+            raise ValueError("a tensor's offset, size and stride must be whole numbers from 0")
+        numbers = _read_storage(self.storage)
+        steps = zip(self.size, self.stride, strict=True)
+        last = self.offset + sum((n - 1) * step for n, step in steps)
+        # With fewer numbers than elements, the elements would overlap.
+        if last >= len(numbers) or math.prod(self.size) > len(numbers):
+            raise ValueError(
+                f"a tensor of size {list(self.size)}, stride {list(self.stride)} and offset "
+                f"{self.offset} reaches beyond its storage of {len(numbers)} numbers"
+            )
+        return numbers.as_strided(self.size, self.stride, self.offset).contiguous()
+
+
+def read_pickle(path: Path) -> Any:
+    """Read what a pickle holds.
+
+    Raises:
+        ValueError: the file is no pickle, damaged, or not of the kind that this reader knows; the
+            message is one line and names no file.
+        OSError: it cannot be opened or mapped.
+    """
+    with open(path, "rb") as file:
+        if file.read(1) != pickle.PROTO:
+            raise ValueError("it is no pickle")
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return Machine(data, MAX_STEPS).run()
+
+
+class Machine:
+    """Reads pickles that follow each other in the data; `at` is where it stands."""
+
+    def __init__(self, data: memoryview, steps: int, persistent: bool = False) -> None:
+        """Start at the beginning; `persistent` ids are kept as they are, or else refused."""
+        self.data, self.at = data, 0
+        self.steps, self.persistent = steps, persistent
+        self.stack: list[Any] = []
+        self.stacks: list[list[Any]] = []  # Those below each mark.
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Read one pickle and return what it makes.
+
+        Raises:
+            ValueError: naming what is wrong with it.
+        """
+        self.stack, self.stacks, self.memo = [], [], {}
+        try:
+            while self.steps > 0:
+                self.steps -= 1
+                code = self.take(1).tobytes()
+                if code == pickle.STOP:
+                    return self.stack.pop()
+                if code not in OPCODES:
+                    raise ValueError(f"opcode {code!r} at byte {self.at - 1} is none of EG3D's")
+                OPCODES[code](self)
+        except (IndexError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is damaged near byte {self.at}") from error
+        raise ValueError("it takes too many steps")
+
+    def take(self, count: int) -> memoryview:
+        """Return the next bytes, without a copy."""
+        if not 0 <= count <= len(self.data) - self.at:
+            raise ValueError("it is cut short")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> Any:
+        """Take a number, `form` as in struct."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self, length_form: str) -> str:
+        """Take a string that follows its length."""
+        return str(self.take(self.number(length_form)), "utf-8", "replace")
+
+    def line(self) -> str:
+        """Take a short line of text."""
+        length = bytes(self.data[self.at : self.at + MAX_NAME]).find(b"\n")
+        return str(self.take(length + 1)[:-1], "utf-8", "replace")
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def pop(self, count: int) -> list[Any]:
+        """Take values off the stack, topmost last."""
+        if count > len(self.stack):
+            raise IndexError
+        values = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return values
+
+    def pop_mark(self) -> list[Any]:
+        """Take all values above the last mark off the stack."""
+        values, self.stack = self.stack, self.stacks.pop()
+        return values
+
+    def mark(self) -> None:
+        """Begin a new stack above the present one."""
+        self.stacks.append(self.stack)
+        self.stack = []
+
+    def memoize(self, index: int) -> None:
+        """Remember the top of the stack."""
+        self.memo[index] = self.stack[-1]
+
+    def append(self, values: list[Any]) -> None:
+        """Add values to the list, or set, on top of the stack; other objects' are of no use."""
+        if type(self.stack[-1]) is list:
+            self.stack[-1].extend(values)
+
+    def set_items(self, values: list[Any]) -> None:
+        """Add keys and values in turn to the dict on top of the stack; only names are kept."""
+        target = self.stack[-1]
+        items = target.items if type(target) is Inert else target
+        if len(values) % 2:
+            raise IndexError
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if type(key) is str:  # Other keys may be hard to hash, and EG3D has no use for them.
+                items[key] = value
+
+    def name(self, module: Any, name: Any) -> None:
+        """Push the name of a class or function."""
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
+            raise ValueError("it names something by what is no name")
+        self.push(Global(f"{module}.{name}"))
+
+    def call(self, function: Any, args: Any) -> None:
+        """Push what stands for the result of a call."""
+        if type(function) is not Global or type(args) is not tuple or len(args) > MAX_ARGUMENTS:
+            raise ValueError("it calls what is no function")
+        if function.name not in CALLS:
+            raise ValueError(f"it calls {function.name!r}, which no EG3D file needs")
+        self.push(CALLS[function.name](*args))
+
+    def instantiate(self, cls: Any, args: Any) -> None:
+        """Push what stands for a new object."""
+        if type(cls) is not Global:
+            raise ValueError("it makes an instance of what is no class")
+        self.push(Inert(cls.name, args))
+
+    def build(self, state: Any) -> None:
+        """Note the state of the object on top of the stack; that of dicts and lists is no use."""
+        if type(self.stack[-1]) is Inert:
+            self.stack[-1].state = state
+
+    def persistent_id(self) -> None:
+        """Leave the id on the stack in place of what it refers to."""
+        if not self.persistent:
+            raise ValueError("it refers to data outside the pickle")
+
+
+# Sets become lists, since their elements may be hard to hash.
+OPCODES: dict[bytes, Callable[[Machine], object]] = {
+    pickle.PROTO: lambda m: m.take(1),
+    pickle.FRAME: lambda m: m.take(8),
+    pickle.NONE: lambda m: m.push(None),
+    pickle.NEWTRUE: lambda m: m.push(True),
+    pickle.NEWFALSE: lambda m: m.push(False),
+    pickle.BININT: lambda m: m.push(m.number("<i")),
+    pickle.BININT1: lambda m: m.push(m.number("<B")),
+    pickle.BININT2: lambda m: m.push(m.number("<H")),
+    pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
+    pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
+    pickle.SHORT_BINUNICODE: lambda m: m.push(m.text("<B")),
+    pickle.BINUNICODE: lambda m: m.push(m.text("<I")),
+    pickle.BINUNICODE8: lambda m: m.push(m.text("<Q")),
+    pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number("<B"))),
+    pickle.BINBYTES: lambda m: m.push(m.take(m.number("<I"))),
+    pickle.BINBYTES8: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.EMPTY_LIST: lambda m: m.push([]),
+    pickle.EMPTY_SET: lambda m: m.push([]),
+    pickle.EMPTY_TUPLE: lambda m: m.push(()),
+    pickle.TUPLE1: lambda m: m.push(tuple(m.pop(1))),
+    pickle.TUPLE2: lambda m: m.push(tuple(m.pop(2))),
+    pickle.TUPLE3: lambda m: m.push(tuple(m.pop(3))),
+    pickle.TUPLE: lambda m: m.push(tuple(m.pop_mark())),
+    pickle.FROZENSET: lambda m: m.push(m.pop_mark()),
+    pickle.MARK: lambda m: m.mark(),
+    pickle.POP: lambda m: m.pop(1),
+    pickle.POP_MARK: lambda m: m.pop_mark(),
+    pickle.APPEND: lambda m: m.append(m.pop(1)),
+    pickle.APPENDS: lambda m: m.append(m.pop_mark()),
+    pickle.ADDITEMS: lambda m: m.append(m.pop_mark()),
+    pickle.SETITEM: lambda m: m.set_items(m.pop(2)),
+    pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
+    pickle.MEMOIZE: lambda m: m.memoize(len(m.memo)),
+    pickle.BINPUT: lambda m: m.memoize(m.number("<B")),
+    pickle.LONG_BINPUT: lambda m: m.memoize(m.number("<I")),
+    pickle.BINGET: lambda m: m.push(m.memo[m.number("<B")]),
+    pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number("<I")]),
+    pickle.GLOBAL: lambda m: m.name(m.line(), m.line()),
+    pickle.STACK_GLOBAL: lambda m: m.name(*m.pop(2)),
+    pickle.REDUCE: lambda m: m.call(*m.pop(2)),
+    pickle.NEWOBJ: lambda m: m.instantiate(*m.pop(2)),
+    pickle.NEWOBJ_EX: lambda m: m.instantiate(*m.pop(3)[:2]),
+    pickle.BUILD: lambda m: m.build(*m.pop(1)),
+    pickle.BINPERSID: lambda m: m.persistent_id(),
+}
+
+
+def _persistent_object(meta: dict) -> Inert:
+    """Return an object of EG3D's code, which it carries along as source text: that stays text."""
+    return Inert(meta["class_name"], state=meta["state"])
+
+
+def _numpy_scalar(dtype: Inert, data: memoryview) -> float | int | bool | None:
+    """Return a numpy scalar as a number, or None for more than numbers."""
+    code, order = dtype.args[0], dtype.state[1]
+    if type(code) is not str or code not in NUMPY_SCALARS or order not in ("<", ">", "|"):
+        return None
+    if len(data) != int(code[1]):
+        raise ValueError(f"a numpy scalar of type {code} has {len(data)} bytes")
+    return np.frombuffer(data, order + code).item()
+
+
+# What files may call, and what stands for the result.
+CALLS: dict[str, Callable] = {
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
+    "torch.storage._load_from_bytes": lambda storage: storage,
+    "torch._utils._rebuild_tensor_v2": lambda *args: Stored(*args[:4]),
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch.Size": lambda size: size,
+    "torch.device": lambda *args: Inert("torch.device", args),
+    "collections.OrderedDict": lambda *_: {},
+    "builtins.set": lambda values=(): values,
+    "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}
+
+
+def _read_storage(data: memoryview) -> Tensor:
+    """Copy the numbers of a storage, [N], out of a stream in torch.save's old format."""
+    if type(data) is not memoryview:
+        raise ValueError("a tensor has no storage")
+    machine = Machine(data, MAX_STORAGE_STEPS, persistent=True)
+    magic, _, system, storage, _ = (machine.run() for _ in range(5))
+    if not (
+        magic == STORAGE_MAGIC and type(system) is dict and system.get("little_endian") is True
+    ):
+        raise ValueError("a tensor's storage is in another format than torch.save's")
+    # ("storage", class, key, device, count), and since some version None.
+    if type(storage) is not tuple or len(storage) < 5 or type(storage[1]) is not Global:
+        raise ValueError("a tensor's storage does not say what it holds")
+    dtype, count = DTYPES.get(storage[1].name), storage[4]
+    if dtype is None:
+        raise ValueError(f"a tensor is of type {storage[1].name!r}, which no EG3D file needs")
+    if type(count) is not int or machine.number("<q") != count:
+        raise ValueError("a tensor's storage has another length than it says")
+    return torch.frombuffer(bytearray(machine.take(count * dtype.itemsize)), dtype=dtype)
