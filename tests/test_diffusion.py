@@ -393,6 +393,12 @@ def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_deleted_stable_diffusion_is_refused_with_the_living_ones(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="^runwayml/.*hub.*living.* CompVis/stable-diffusion-v1-4"):
+        DiffusionPrior.from_pretrained("runwayml/stable-diffusion-v1-5")
+
+
 # Depth as a condition.
 
 
