@@ -302,6 +302,8 @@ CALLS: dict[str, Callable] = {
     "collections.OrderedDict": lambda *_: {},
     "builtins.set": lambda values=(): values,
     "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
+    "numpy.core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
+    "numpy._core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
 }

@@ -122,7 +122,7 @@ def test_strange_objects_of_forks_are_left_alone():
 
     Fork.__module__, Fork.__qualname__ = "training.fork", "Fork"
     fork = Fork()
-    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6])}
+    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3)}
     content = content_of(build_generator())
     content["training_set_kwargs"].fork = fork
     content["G_ema"].__dict__["fork"] = content["G_ema"].rendering_kwargs["fork"] = [fork]
@@ -259,6 +259,12 @@ def with_settings(**changes):
     return content_of(G)
 
 
+def with_axes(axes):
+    G = build_generator()
+    G.plane_axes = axes
+    return content_of(G)
+
+
 def with_module(name):
     content = content_of(build_generator())
     content["G_ema"].add_module(name, Persistent("Module"))
@@ -311,6 +317,7 @@ REFUSED = {
     "density noise": (lambda: with_settings(density_noise=0.5), "density_noise must be 0"),
     "clamp mode": (lambda: with_settings(clamp_mode="relu"), "clamp_mode"),
     "no rays": (lambda: with_settings(ray_start=[1] * 50), "ray_start"),
+    "fewer axes": (lambda: with_axes(torch.eye(3)), "plane_axes"),
     "strange module": (lambda: with_settings(superresolution_module="Foo"), "Foo"),
     "offset": (lambda: with_bias(tensor(offset=1)), "reaches beyond its storage of 9"),
     "size": (lambda: with_bias(tensor(numbers=8)), "reaches beyond its storage of 8"),
@@ -513,14 +520,14 @@ def test_mutants_are_read_or_refused_and_never_run(make, count, well):
 
 
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from models.checkpoint import load_generator
 from models.eg3d import TriPlaneGenerator
 
 def state():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "cpu": time.process_time(), "wall": time.perf_counter()}
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    return {"peak": 1024 * int(peak), "cpu": time.process_time(), "wall": time.perf_counter()}
 
 before = state()
 G = load_generator(sys.argv[1])
@@ -541,7 +548,8 @@ def test_released_size_is_loaded_in_seconds_and_little_memory():
     result = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
     used = json.loads(result.stdout)
     print(used, used["peak"] / size)
-    assert used["cpu"] < 3 and used["peak"] < 1.5 * size  # Others may hold up the wall clock.
+    assert used["cpu"] < 3  # Others may hold up the wall clock.
+    assert 0 < used["peak"] < 1.5 * size
     state = torch.load("state.pt", weights_only=True)
     assert [[name, list(value.shape)] for name, value in state.items()] == info["keys"]
     for name, value in G.state_dict().items():
