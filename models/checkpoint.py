@@ -148,7 +148,7 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenera
     if G.neural_rendering_resolution < 1:
         raise ValueError(f"neural_rendering_resolution {G.neural_rendering_resolution}")
     G.cameras.frontal()  # Fails for a set-up that no camera can have.
-    tensors.setdefault("dataset_label_std", torch.ones(G.c_dim))  # Only EG3D's training adds it.
+    tensors.setdefault("dataset_label_std", torch.ones(25))  # Only EG3D's training adds it.
     G.load_state_dict(tensors, assign=True)
     return G
 

@@ -61,7 +61,7 @@ def fetch_hub_file(repo: str, file: str) -> Path:
         return Path(hf_hub_download(repo, file))
     # The hub's errors, its HTTP library's and the disk's have nothing else in common.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).split(" Please ")[0] or type(error).__name__
         raise ValueError(
             f"{repo}/{file}: no such file here, and not from the hub ({reason[:200]}). {MIRRORS}"
         ) from error

@@ -156,6 +156,8 @@ def describe(G: Inert) -> dict:
     )
     renderer = entries(state["_modules"]).get("renderer")
     axes = entries(renderer.state).get("plane_axes") if type(renderer) is Inert else None
+    if type(axes) is Stored and axes.size != (3, 3, 3):
+        raise ValueError("its plane_axes are not three 3 x 3 matrices")
     return {
         "init_kwargs": init_kwargs,
         "rendering_kwargs": with_foreground(rendering_kwargs),

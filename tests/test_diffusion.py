@@ -782,6 +782,12 @@ def test_lora_without_peft_is_refused_with_a_hint(folder, monkeypatch):
         DiffusionPrior.from_pretrained(folder, lora="style.bin")
 
 
+def test_deleted_stable_diffusion_is_refused_with_the_living_ones(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="^runwayml/.*hub.*living.* CompVis/stable-diffusion-v1-4"):
+        DiffusionPrior.from_pretrained("runwayml/stable-diffusion-v1-5")
+
+
 # Depth as a condition.
 
 

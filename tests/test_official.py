@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +17,13 @@ import pytest
 import torch
 from official_pickle import EasyDict, Persistent, content_of, pack, write_pickle
 from tiny_run import build_generator
+from torch import nn
 
 import convert
 from models.checkpoint import load_generator
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle
-from models.pickles import read_pickle
+from models.pickles import OPCODES, read_pickle
 
 DATA = Path(__file__).parent / "data"
 
@@ -53,14 +54,15 @@ def test_pickle_becomes_the_generator_it_was_made_of():
     assert list(state) == list(G.state_dict())
     for name, value in G.state_dict().items():
         assert torch.equal(value, state[name]), name
-    assert loaded.init_kwargs == G.init_kwargs | {"rendering_kwargs": loaded.rendering_kwargs}
+    expected = G.init_kwargs | {"rendering_kwargs": loaded.rendering_kwargs}
+    assert loaded.init_kwargs == json.loads(json.dumps(expected))
     assert loaded.rendering_kwargs == {"foreground_depth": 2.85} | G.rendering_kwargs
     assert loaded.neural_rendering_resolution == 12
     assert not loaded.training and not any(w.requires_grad for w in loaded.parameters())
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_binary_protocol_is_read(protocol):
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_every_protocol_of_python_3_is_read(protocol):
     _, tensors = read_official_pickle(write(protocol=protocol))
     assert torch.equal(tensors["decoder.net.2.bias"], build_generator().decoder.net[2].bias)
 
@@ -120,7 +122,7 @@ def test_strange_objects_of_forks_are_left_alone():
 
     Fork.__module__, Fork.__qualname__ = "training.fork", "Fork"
     fork = Fork()
-    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6])}
+    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3)}
     content = content_of(build_generator())
     content["training_set_kwargs"].fork = fork
     content["G_ema"].__dict__["fork"] = content["G_ema"].rendering_kwargs["fork"] = [fork]
@@ -167,7 +169,7 @@ def test_generator_does_not_hang_on_its_file():
 
 def state_dict(name):
     """Return a state dict of a released network's shapes that takes no room on a disk."""
-    return {key: torch.ones(1).expand(shape) for key, shape in read_keys(name)["keys"]}
+    return {key: torch.ones([]).expand(shape) for key, shape in read_keys(name)["keys"]}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,12 @@ def with_settings(**changes):
     return content_of(G)
 
 
+def with_axes(axes):
+    G = build_generator()
+    G.plane_axes = axes
+    return content_of(G)
+
+
 def with_module(name):
     content = content_of(build_generator())
     content["G_ema"].add_module(name, Persistent("Module"))
@@ -295,7 +303,7 @@ REFUSED = {
         lambda: content_of(build_generator()) | {"x": Call(exec, "1")},
         "builtins.exec",
     ),
-    "partial": (lambda: [Call(eval, "1")], "calls 'builtins.eval'"),
+    "nothing but a call": (lambda: [Call(eval, "1")], "calls 'builtins.eval'"),
     "no dict": (lambda: [1, 2], "no generator"),
     "no generator": (lambda: {"D": Persistent("D")}, "no generator"),
     "None": (lambda: {"G_ema": None}, "no generator"),
@@ -309,6 +317,7 @@ REFUSED = {
     "density noise": (lambda: with_settings(density_noise=0.5), "density_noise must be 0"),
     "clamp mode": (lambda: with_settings(clamp_mode="relu"), "clamp_mode"),
     "no rays": (lambda: with_settings(ray_start=[1] * 50), "ray_start"),
+    "fewer axes": (lambda: with_axes(torch.eye(3)), "plane_axes"),
     "strange module": (lambda: with_settings(superresolution_module="Foo"), "Foo"),
     "offset": (lambda: with_bias(tensor(offset=1)), "reaches beyond its storage of 9"),
     "size": (lambda: with_bias(tensor(numbers=8)), "reaches beyond its storage of 8"),
@@ -319,7 +328,7 @@ REFUSED = {
     "huge size": (lambda: with_bias(tensor(size=(2**70,))), "reaches beyond"),
     "float size": (lambda: with_bias(tensor(size=(9.0,))), "whole numbers"),
     "no shape": (lambda: with_bias(tensor(stride=(1, 1))), "no shape"),
-    "empty storage": (lambda: with_bias(tensor(numbers=0)), "."),
+    "empty storage": (lambda: with_bias(tensor(numbers=0)), "storage is empty"),
     "complex": (lambda: with_bias(tensor(dtype=torch.complex64)), "ComplexFloatStorage"),
     "shared storage": (shared_storage, "share one storage"),
     "number for weights": (lambda: with_bias(3), "decoder.net.2.bias is no tensor"),
@@ -332,10 +341,9 @@ REFUSED = {
 def test_foreign_pickle_is_refused_with_its_reason(case):
     make, reason = REFUSED[case]
     path = write(make())
-    with pytest.raises(ValueError, match=reason) as refusal:
-        load_generator(path)
-    assert str(refusal.value).startswith("g.pkl holds no usable generator: ")
-    assert "\n" not in str(refusal.value)
+    line = refuse(path)
+    assert line.startswith("g.pkl holds no usable generator: ")
+    assert reason in line
 
 
 def laughs(levels=60):
@@ -363,13 +371,12 @@ def with_nested_modules():
 
 BOMBS = {
     "laughing settings": lambda: with_settings(box_warp=laughs()),
-    "laughing length": lambda: with_settings(avg_camera_pivot=list(laughs())),
-    "laughing key": lambda: with_settings(x={("x", laughs(20)): 1}, box_warp=None),
+    "laughing layers": lambda: with_layers(laughs()),
     "laughing offset": lambda: with_bias(tensor(offset=laughs())),
     "laughing bias": lambda: with_bias(laughs()),
     "endless modules": with_nested_modules,
-    "wide planes": lambda: with_settings(superresolution_module=laughs()),
 }
+DEEP = 150_000  # Hashing a tuple so deep crashes Python.
 WRITTEN_BOMBS = {
     "nothing": b"",
     "one byte": b"\x80",
@@ -385,12 +392,11 @@ WRITTEN_BOMBS = {
     "long number": b"\x80\x04\x8b\xff\xff\xff\x7f.",
     "long frame": b"\x80\x04\x95" + b"\xff" * 8 + b"N.",
     "long name": b"\x80\x04c" + b"a" * 10_000_000,
-    "deep list": b"\x80\x04" + b"]" * 400_000 + b"a" * 399_999 + b".",
-    "deep tuple": b"\x80\x04)" + b"\x85" * 900_000 + b".",
-    "deep key": b"\x80\x04})" + b"\x85" * 900_000 + b"Ns.",
-    "deep function": b"\x80\x04)" + b"\x85" * 900_000 + b")R.",
-    "deep mark": b"\x80\x04" + b"(" * 900_000 + b".",
-    "deep dict": b"\x80\x04" + b"}\x8c\x01k" * 300_000 + b"s" * 299_999 + b".",
+    "deep list": b"\x80\x04" + b"]" * 90_000 + b"a" * 89_999 + b".",
+    "deep key": b"\x80\x04})" + b"\x85" * DEEP + b"Ns.",
+    "deep function": b"\x80\x04)" + b"\x85" * DEEP + b")R.",
+    "deep mark": b"\x80\x04" + b"(" * 90_000 + b".",
+    "deep object": b"\x80\x04cx\ny\n\x940" + b"h\x00)\x81" * 45_000 + b"b" * 44_999 + b".",
     "many steps": b"\x80\x04" + b"N0" * 1_000_000 + b".",
     "many arguments": b"\x80\x04ccollections\nOrderedDict\n(" + b"N" * 99_999 + b"tR.",
     "persistent id": b"\x80\x04\x8c\x01xQ.",
@@ -405,38 +411,42 @@ WRITTEN_BOMBS = {
 }
 
 
-def peak_and_time(path):
-    """Return memory [MB] and time [s] of a refusal."""
-    began = time.process_time()
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError) as refusal:
-            load_generator(path)
-        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
-        return tracemalloc.get_traced_memory()[1] / 1e6, time.process_time() - began
-    finally:
-        tracemalloc.stop()
+@contextmanager
+def little_time_and_memory():
+    """Fail if what is done takes 3 s or 150 MB more than was ever in use."""
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - began < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB.
+
+
+def refuse(path):
+    """Return the line by which a file is refused."""
+    with pytest.raises(ValueError) as refusal:
+        load_generator(path)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    return str(refusal.value)
 
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_endless_structures_are_refused_at_once(case):
-    memory, seconds = peak_and_time(write(BOMBS[case]()))
-    assert memory < 30 and seconds < 3
+    path = write(BOMBS[case]())
+    with little_time_and_memory():
+        refuse(path)
 
 
 @pytest.mark.parametrize("case", WRITTEN_BOMBS)
 def test_bombs_are_refused_in_little_time_and_memory(case):
     Path("g.pkl").write_bytes(WRITTEN_BOMBS[case])
-    memory, seconds = peak_and_time("g.pkl")
-    assert memory < 30 + 150 * len(WRITTEN_BOMBS[case]) / 1e6 and seconds < 10
+    with little_time_and_memory():
+        refuse("g.pkl")
 
 
 def test_every_truncation_is_refused():
     whole = write().read_bytes()
-    for length in random.Random(0).sample(range(len(whole)), 150):
+    for length in random.Random(0).sample(range(len(whole)), 50):
         Path("cut.pkl").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut.pkl holds no usable generator: it is"):
-            load_generator("cut.pkl")
+        assert refuse("cut.pkl").startswith("cut.pkl holds no usable generator: it is")
 
 
 SNIPPETS = [
@@ -445,7 +455,7 @@ SNIPPETS = [
     b"cbuiltins\nexec\n\x8c\x1fimport os; os.mkdir('executed')\x85R",
     b"(\x8c\x08executedios\nmkdir\n",
     b"(cos\nmkdir\n\x8c\x08executedo",
-    *(bytes([code]) for code in range(256)),
+    *OPCODES,
     b"r\xff\xff\xff\xff",
     b"j\x00\x00\x00\x00",
     b"\x8e" + b"\xff" * 8,
@@ -475,32 +485,49 @@ def mutant(whole, rng):
     return bytes(data)
 
 
-def test_thousands_of_mutants_are_read_or_refused_and_never_run():
-    whole, rng = write().read_bytes(), random.Random(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(3000):
+def few_modules():
+    """Return content like EG3D's with five modules, and without the hooks that torch notes."""
+    G = pack(build_generator())
+    for name in ("backbone", "superresolution"):
+        G._modules[name]._modules.clear()
+    content = content_of(build_generator()) | {"G": None, "G_ema": G}
+    for value in content.values():
+        for module in value.modules() if isinstance(value, nn.Module) else ():
+            for name in [name for name in module.__dict__ if "hook" in name]:
+                del module.__dict__[name]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "well"),
+    [(few_modules, 3000, "Missing key"), (lambda: content_of(build_generator()), 150, "read")],
+)
+def test_mutants_are_read_or_refused_and_never_run(make, count, well):
+    """Of few modules no generator can be built, so its mutants are well if the keys are missed."""
+    whole, rng = write(make()).read_bytes(), random.Random(0)
+    outcomes = []
+    for _ in range(count):
         Path("mutant.pkl").write_bytes(mutant(whole, rng))
-        try:
-            load_generator("mutant.pkl")
-            outcomes["read"] += 1
-        except ValueError as refusal:
-            assert "\n" not in str(refusal)
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 100, outcomes
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB.
+        with little_time_and_memory():
+            try:
+                load_generator("mutant.pkl")
+                outcomes.append("read")
+            except ValueError as refusal:
+                outcomes.append(str(refusal))
+    assert not any("\n" in outcome for outcome in outcomes)
+    assert 0.02 * count < sum(well in outcome for outcome in outcomes) < 0.98 * count
     assert not Path("executed").exists()
 
 
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from models.checkpoint import load_generator
 from models.eg3d import TriPlaneGenerator
 
 def state():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "cpu": time.process_time(), "wall": time.perf_counter()}
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    return {"peak": 1024 * int(peak), "cpu": time.process_time(), "wall": time.perf_counter()}
 
 before = state()
 G = load_generator(sys.argv[1])
@@ -521,7 +548,8 @@ def test_released_size_is_loaded_in_seconds_and_little_memory():
     result = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
     used = json.loads(result.stdout)
     print(used, used["peak"] / size)
-    assert used["cpu"] < 3 and used["peak"] < 1.5 * size  # Others may hold up the wall clock.
+    assert used["cpu"] < 3  # Others may hold up the wall clock.
+    assert 0 < used["peak"] < 1.5 * size
     state = torch.load("state.pt", weights_only=True)
     assert [[name, list(value.shape)] for name, value in state.items()] == info["keys"]
     for name, value in G.state_dict().items():

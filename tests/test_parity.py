@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official_pickle import content_of, write_pickle
 from tiny_generator import even_samples, fill_parameters
 
 from models.cameras import CameraSetup, fov_to_intrinsics, orbit
+from models.checkpoint import load_generator
 from models.eg3d import TriPlaneGenerator
 from models.renderer import (
     expected_depth,
@@ -175,6 +177,14 @@ def test_forward_without_truncation(G, expected):
 def test_a_seed_gives_the_official_render(G, expected, ws, planes):
     torch.manual_seed(1234)
     check_render(expected, "seeded1234", G.synthesis(ws, expected["in.c"], planes=planes))
+
+
+def test_an_official_pickle_gives_the_official_render(tmp_path, tiny, expected):
+    G = load_generator(write_pickle(tmp_path / "tiny2x.pkl", content_of(tiny)))
+    assert G.neural_rendering_resolution == 32
+    ws = G.mapping(expected["in.z"], expected["in.c_cond"], 0.7, 14)
+    with even_samples():
+        check_render(expected, "det", G.synthesis(ws, expected["in.c"]))
 
 
 def test_importance_sampler(expected):
