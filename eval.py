@@ -35,9 +35,10 @@ from runs import (
     run_cli,
 )
 
-CELLS = 4  # Feature maps are averaged to this many cells per side: where things are, roughly.
+CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
 RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
+LEAST_SPREAD = 1e-2  # Of the features' mean spread; less is not scaled up.
 FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
 # Read besides those of runs.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "trunc": (int, float)}
@@ -75,7 +76,17 @@ class Renders:
     front: Tensor  # Frontal camera, [N, 3, R, R].
 
 
-Sources = dict[tuple, tuple[Renders, Renders]]  # Source and pose probe, by what they hang on.
+@dataclass(frozen=True)
+class Source:
+    """What the source generator shows of the latents that are scored, and of others."""
+
+    views: Views
+    renders: Renders
+    probe_views: Views  # Those that the pose probe is fitted on.
+    probes: Renders
+
+
+Sources = dict[tuple, Source]  # By what they hang on.
 
 
 def main(cfg: Config) -> None:
@@ -163,23 +174,16 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]), device)
-    views, probe_views = draw_views(G, cfg)
-    key = (fingerprint_generator(G_src), settings["trunc"], cfg.samples, cfg.seed)
-    if key not in sources:
-        sources.clear()
-        probes = render_all(G_src, probe_views, settings["trunc"], cfg, "pose probe", front=False)
-        sources[key] = render_all(G_src, views, settings["trunc"], cfg, "source"), probes
-    source, probes = sources[key]
-    adapted = render_all(G, views, settings["trunc"], cfg, "adapted")
+    source = render_source(G_src, settings["trunc"], cfg, sources)
+    adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
     row: Row = {"method": settings["method"], "target": target_name(settings)}
     row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
     try:
-        row |= fidelity(clip, settings, ckpt, source, adapted, cfg)
-        row |= pose(clip, probes, probe_views, source, adapted, views, cfg)
-        row |= identity(clip, source, adapted, cfg)
-        row["depth_corr"] = depth_correlation(source, adapted)
+        row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg)
+        row |= pose(clip, source, adapted, cfg) | identity(clip, source.renders, adapted, cfg)
+        row["depth_corr"] = depth_correlation(source.renders, adapted)
     except ValueError as error:
         raise ValueError(f"{ckpt}: {error}") from error
     return row | cost(ckpt)
@@ -229,6 +233,18 @@ def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
     return scored, fitted
 
 
+def render_source(G_src: TriPlaneGenerator, trunc: float, cfg: Config, sources: Sources) -> Source:
+    """Render the source for a score, or return what `sources` kept of the last one."""
+    key = (fingerprint_generator(G_src), trunc, cfg.samples, cfg.seed)
+    if key not in sources:
+        sources.clear()
+        views, probe_views = draw_views(G_src, cfg)
+        probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", front=False)
+        renders = render_all(G_src, views, trunc, cfg, "source")
+        sources[key] = Source(views, renders, probe_views, probes)
+    return sources[key]
+
+
 @torch.no_grad()
 def render_all(
     G: TriPlaneGenerator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
@@ -256,11 +272,11 @@ def embed(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
 
 
 def cells(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
-    """Return CLIP's patch tokens averaged to 4 x 4 cells, [N, 16 D]: what is where."""
+    """Return CLIP's patch tokens averaged to 8 x 8 cells, [N, 64 D]: what is where."""
 
     def pooled(images: Tensor) -> Tensor:
         tokens = clip.tokens(images).permute(0, 3, 1, 2)  # [B, D, g, g]
-        return F.adaptive_avg_pool2d(tokens, CELLS).flatten(1)  # [B, 16 D]
+        return F.adaptive_avg_pool2d(tokens, CELLS).flatten(1)  # [B, 64 D]
 
     return _in_batches(pooled, clip, images, cfg)
 
@@ -329,25 +345,18 @@ def known_domains(settings: dict) -> dict[str, str]:
     return declared.get("domains", {})
 
 
-def pose(
-    clip: ClipFeatures,
-    probes: Renders,
-    probe_views: Views,
-    source: Renders,
-    adapted: Renders,
-    views: Views,
-    cfg: Config,
-) -> dict[str, float]:
+def pose(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> dict[str, float]:
     """Read the camera off pictures by ridge regression, fitted on the source where it is known.
 
-    The adapted domain's mean shift of the features is removed before the probe is asked.
+    Before the probe is asked, every feature of the adapted domain is given the mean and the spread
+    that it has in the source's.
 
     Returns:
         `pose_deg` of the adapted pictures and `pose_source_deg`, the probe's error on source
         pictures it was not fitted on: mean angles between camera positions, degrees.
     """
-    x, y = cells(clip, probes.image, cfg), probe_views.angles  # [M, F], [M, 2]
-    mean, truth = x.mean(0), direction(views.angles)
+    x, y = cells(clip, source.probes.image, cfg), source.probe_views.angles  # [M, F], [M, 2]
+    mean, truth = x.mean(0), direction(source.views.angles)
     kernel = (x - mean) @ (x - mean).T  # [M, M]
     ridge = RIDGE * kernel.diagonal().mean() * torch.eye(len(x))
     dual = torch.linalg.solve(kernel + ridge, y - y.mean(0))  # [M, 2]
@@ -356,9 +365,11 @@ def pose(
         read = (features - mean) @ (x - mean).T @ dual + y.mean(0)  # [N, 2]
         return angle_deg(direction(read), truth).mean().item()
 
-    before, after = cells(clip, source.image, cfg), cells(clip, adapted.image, cfg)
+    before, after = cells(clip, source.renders.image, cfg), cells(clip, adapted.image, cfg)
+    least = LEAST_SPREAD * before.std(0).mean()
+    scale = before.std(0).clamp_min(least) / after.std(0).clamp_min(least)  # [F]
     return {
-        "pose_deg": error_deg(after - after.mean(0) + before.mean(0)),
+        "pose_deg": error_deg((after - after.mean(0)) * scale + before.mean(0)),
         "pose_source_deg": error_deg(before),
     }
 

@@ -80,14 +80,14 @@ def main(cfg: Config) -> None:
     for domain in PICTURE:
         draw_reference(domain)
     path = DOCS / "results.json"
-    eye, sources = oracle.load_oracle(), {}
+    eye, sources, truths = oracle.load_oracle(), {}, {}
     runs = {name: options for name, options in plan(cfg.seed).items() if cfg.only in name}
     for name, options in tqdm(list(runs.items())[cfg.worker :: cfg.workers], unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
         if evaluation.read_rows(path).get(name, {}).get("samples") != cfg.samples:
             settings = evaluation.Config(ckpt=(), samples=cfg.samples)
             row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"), sources)
-            row |= oracle.score_run(RUNS / name, row, eye)
+            row |= oracle.score_run(RUNS / name, row, eye, sources, truths)
             evaluation.write_rows(path, evaluation.read_rows(path) | {name: row})
     write_tables(evaluation.read_rows(path))
     draw_figures(cfg.seed)

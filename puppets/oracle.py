@@ -4,12 +4,13 @@
 
 Adds to the rows that eval.py wrote how near the adapted pictures are to the true ones: the same
 latents from the same cameras, drawn in the target domain. The oracle is trained on true pictures of
-every domain and takes no part in any adaptation, so no loss is its own judge.
+every domain and takes no part in any adaptation, so no loss is its own judge. A score `true_NAME`
+is what the true pictures get for NAME: what the measure itself leaves to be reached.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from runs import locate, run_cli
 ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 SIZE = 128  # Height and width of the pictures it reads, pixels.
 BATCH = 48
+
+Truths = dict[tuple, tuple[Tensor, Tensor]]  # True pictures: of the views that are scored, frontal.
 
 
 @dataclass
@@ -81,36 +84,64 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--out {cfg.out} has no row of {', '.join(unknown)}: run eval.py first")
     oracle = load_oracle(cfg.oracle)
+    sources: evaluation.Sources = {}
+    truths: Truths = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
-        rows[str(ckpt)] |= score_run(ckpt, rows[str(ckpt)], oracle)
+        rows[str(ckpt)] |= score_run(ckpt, rows[str(ckpt)], oracle, sources, truths)
         evaluation.write_rows(cfg.out, rows)
     evaluation.print_table(rows)
 
 
-def score_run(ckpt: Path, row: evaluation.Row, oracle: Oracle) -> evaluation.Row:
+def score_run(
+    ckpt: Path,
+    row: evaluation.Row,
+    oracle: Oracle,
+    sources: evaluation.Sources,
+    truths: Truths,
+) -> evaluation.Row:
     """Return the oracle's scores of one run, on the latents and cameras of its row.
 
     Args:
         row: What eval.py wrote; its samples and seed are used.
+        sources: See `eval.score_run`.
+        truths: Heads drawn for the runs before, to be used again.
 
     Returns:
-        `oracle_target`, the domain that the truth is drawn in, and what `compare` returns.
+        `oracle_target`, the domain that the truth is drawn in; what `compare` returns; and of the
+        scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
+        `true_identity_top1`, `true_identity_mrr`, `true_diversity`.
 
     Raises:
-        ValueError: the run's generator draws no puppets, or its pictures are not finite.
+        ValueError: the run's generator draws no puppets, its pictures are not finite, or its source
+            is gone.
     """
     settings = evaluation.run_settings(ckpt)
-    G, _, _ = load_run(ckpt)
+    G, G_src, _ = load_run(ckpt)
+    if G_src is None:
+        raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     if (G.z_dim, G.img_resolution, settings["trunc"]) != (Z_DIM, SIZE, 1):
         raise ValueError(f"{ckpt}: the truth is known only of puppets with --trunc 1")
     domain = target_domain(ckpt, settings, oracle)
     cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
-    views, _ = evaluation.draw_views(G, cfg)
+    source = evaluation.render_source(G_src, 1.0, cfg, sources)
+    views = source.views
     images = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False).image
     if not images.isfinite().all():
         raise ValueError(f"{ckpt}: the pictures are not finite")
+
     c = G.cameras.label(*views.angles.T)  # [N, 25]
-    return {"oracle_target": domain} | compare(oracle, images, views.z, c, domain)
+    key = (domain, cfg.samples, cfg.seed)
+    if key not in truths:
+        frontal = G.cameras.frontal(len(c))
+        truths[key] = draw_truth(views.z, c, domain), draw_truth(views.z, frontal, domain)
+    true_images, true_front = truths[key]
+    scores = compare(oracle, images, true_images, views.z, c, domain)
+    clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
+    true = replace(source.renders, image=true_images, front=true_front)
+    floor = evaluation.pose(clip, source, true, cfg)
+    floor |= evaluation.identity(clip, source.renders, true, cfg)
+    del floor["pose_source_deg"]
+    return {"oracle_target": domain} | scores | {f"true_{k}": v for k, v in floor.items()}
 
 
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
@@ -134,11 +165,21 @@ def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     return list(known)[similarity.argmax()]
 
 
-def compare(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -> dict[str, float]:
+def draw_truth(z: Tensor, c: Tensor, domain: str) -> Tensor:
+    """Draw heads [N, 16] from cameras [N, 25] in a domain, [N, 3, 128, 128] in [-1, 1]."""
+    rows = zip(z.split(1), c.split(1), strict=True)
+    bar = tqdm(rows, desc="truth", total=len(z), unit="head", leave=False)
+    return torch.cat([render(*row, domain, size=SIZE)[0] for row in bar])
+
+
+def compare(
+    oracle: Oracle, images: Tensor, truth: Tensor, z: Tensor, c: Tensor, domain: str
+) -> dict[str, float]:
     """Compare pictures with the true ones of the same latents, cameras and domain.
 
     Args:
         images: Adapted pictures, [N, 3, 128, 128] in [-1, 1].
+        truth: The true ones, likewise.
         z: Their latents, [N, 16].
         c: Their camera labels, [N, 25].
         domain: A key of DOMAINS.
@@ -146,17 +187,14 @@ def compare(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -
     Returns:
         `oracle_l1`, the mean difference, background included; `oracle_id`, the mean cosine of the
         identity read to the latent's; `oracle_pose_deg`, the mean angle of the camera read to the
-        true one; `oracle_domain`, the share read as the domain. The last three are also given of
-        the true pictures, `oracle_true_...`: what the oracle's own errors leave to be reached.
+        true one; `oracle_domain`, the share read as the domain; and the last three of the true
+        pictures, `true_oracle_...`.
     """
     images = images.clamp(-1, 1)
-    rows = zip(z.split(1), c.split(1), strict=True)
-    bar = tqdm(rows, desc="truth", total=len(z), unit="head", leave=False)
-    truth = torch.cat([render(*row, domain, size=SIZE)[0] for row in bar])  # [N, 3, 128, 128]
     adapted, floor = read(oracle, images, z, c, domain), read(oracle, truth, z, c, domain)
     scores = {"oracle_l1": (images - truth).abs().mean().item()}
     scores |= {f"oracle_{name}": value for name, value in adapted.items()}
-    return scores | {f"oracle_true_{name}": value for name, value in floor.items()}
+    return scores | {f"true_oracle_{name}": value for name, value in floor.items()}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
-from eval import Config, Renders, Views
+from eval import Config, Renders, Source, Views
 from models.cameras import orbit
 from models.checkpoint import save_generator
 from models.eg3d import TriPlaneGenerator
@@ -21,6 +21,7 @@ from puppets import experiments, heads, oracle
 from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import DOMAINS, HELD_OUT
 from render import save_image, to_uint8
+from runs import fingerprint_generator
 
 
 class FakeClip:
@@ -47,14 +48,14 @@ def renders(angles, people):
 
 @pytest.fixture
 def scene():
-    """Source renders and their views, renders for the pose probe and their views."""
+    """What a source shows of some views, and of others for the pose probe."""
     generator = torch.Generator().manual_seed(3)
     views, probe_views = (
         Views(torch.empty(0), torch.rand(n, 2, generator=generator) * 1.2 - 0.6) for n in (48, 96)
     )
     people = torch.randn(48, 3, 32, 32, generator=generator)
     probes = renders(probe_views.angles, people[:1])
-    return renders(views.angles, people), views, probes, probe_views
+    return Source(views, renders(views.angles, people), probe_views, probes)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_angles_are_exact_where_arccos_is_not():
 
 
 def test_an_unchanged_generator_scores_perfectly(scene):
-    source, views, probes, probe_views = scene
+    source = scene.renders
     scores = evaluation.identity(FakeClip(), source, source, CFG)
     assert scores == {"identity_top1": 1.0, "identity_mrr": 1.0, "diversity": 1.0}
-    pose = evaluation.pose(FakeClip(), probes, probe_views, source, source, views, CFG)
+    pose = evaluation.pose(FakeClip(), scene, source, CFG)
     assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=1e-3)
     assert pose["pose_source_deg"] < 3
     assert evaluation.depth_correlation(source, source) == pytest.approx(1, abs=1e-5)
@@ -117,7 +118,7 @@ def test_an_unchanged_generator_scores_perfectly(scene):
 @pytest.mark.parametrize("noise", [0.0, 1e-4])
 @pytest.mark.parametrize("picture", ["constant", "one head"])
 def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene, picture, noise):
-    source, *_ = scene
+    source = scene.renders
     generator = torch.Generator().manual_seed(0)
     one = source.front[:1] if picture == "one head" else torch.full_like(source.front[:1], 0.25)
     front = one + noise * torch.randn(source.front.shape, generator=generator)
@@ -129,7 +130,7 @@ def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene, pictu
 
 
 def test_a_collapsed_source_and_infinite_pictures_are_refused(scene):
-    source, *_ = scene
+    source = scene.renders
     same = replace(source, front=source.front[:1].expand_as(source.front))
     with pytest.raises(ValueError, match="same picture"):
         evaluation.identity(FakeClip(), same, source, CFG)
@@ -141,34 +142,34 @@ def test_a_collapsed_source_and_infinite_pictures_are_refused(scene):
 
 
 def test_shuffled_people_are_found_by_chance_only(scene):
-    source, *_ = scene
+    source = scene.renders
     rolled = replace(source, front=source.front.roll(1, 0))
     scores = evaluation.identity(FakeClip(), source, rolled, CFG)
     assert scores["identity_top1"] == 0 and scores["diversity"] == pytest.approx(1, abs=1e-5)
 
 
 def test_swapped_views_score_the_angle_between_them(scene):
-    source, views, probes, probe_views = scene
+    source = scene.renders
     mirrored = replace(source, image=source.image.flip(-1))
-    pose = evaluation.pose(FakeClip(), probes, probe_views, source, mirrored, views, CFG)
+    pose = evaluation.pose(FakeClip(), scene, mirrored, CFG)
     known = evaluation.angle_deg(
-        evaluation.direction(views.angles * torch.tensor([-1, 1])),
-        evaluation.direction(views.angles),
+        evaluation.direction(scene.views.angles * torch.tensor([-1, 1])),
+        evaluation.direction(scene.views.angles),
     )
     assert pose["pose_deg"] == pytest.approx(known.mean().item(), rel=0.15)
 
 
-def test_a_recoloured_domain_keeps_pose_and_identity(scene):
-    source, views, probes, probe_views = scene
+def test_a_recoloured_and_paler_domain_keeps_pose_and_identity(scene):
+    source = scene.renders
     tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
-    tinted = replace(source, image=source.image + tint, front=source.front + tint)
-    pose = evaluation.pose(FakeClip(), probes, probe_views, source, tinted, views, CFG)
+    tinted = replace(source, image=source.image / 3 + tint, front=source.front / 3 + tint)
+    pose = evaluation.pose(FakeClip(), scene, tinted, CFG)
     assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=0.05)
     assert evaluation.identity(FakeClip(), source, tinted, CFG)["identity_top1"] == 1
 
 
 def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
-    source, *_ = scene
+    source = scene.renders
     turned = replace(source, depth=-source.depth)
     assert evaluation.depth_correlation(source, turned) == pytest.approx(-1, abs=1e-5)
     flat = replace(source, depth=torch.full_like(source.depth, 2.7))
@@ -338,27 +339,28 @@ class TrueOracle:
 def test_true_pictures_score_perfectly():
     z, c = people(1)
     truth = heads.render(z, c, "bronze")[0]
-    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, z, c, "bronze")
+    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, z, c, "bronze")
     expected = {"id": 1, "pose_deg": 0, "domain": 1}
-    expected |= {f"true_{name}": value for name, value in expected.items()} | {"l1": 0}
-    assert scores == pytest.approx({f"oracle_{k}": v for k, v in expected.items()}, abs=1e-4)
+    expected = {f"oracle_{name}": value for name, value in expected.items()}
+    expected |= {f"true_{name}": value for name, value in expected.items()} | {"oracle_l1": 0}
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
 def test_another_domain_person_and_camera_are_told_from_the_truth():
     (z, c), (other_z, other_c) = people(1), people(1, seed=1)
     eye = TrueOracle(other_z, other_c, "clown")
     black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
-    scores = oracle.compare(eye, black, z, c, "bronze")
+    truth = heads.render(z, c, "bronze")[0]
+    scores = oracle.compare(eye, black, truth, z, c, "bronze")
     known = evaluation.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
     assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
-    truth = heads.render(z, c, "bronze")[0]
     assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
 
 
-def puppet_generator():
+def puppet_generator(seed=0):
     """Return a generator of 128 px pictures of puppets' latents, with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     G = TriPlaneGenerator(
         z_dim=heads.Z_DIM,
         c_dim=25,
@@ -383,12 +385,15 @@ def puppet_generator():
 def puppet_run(copied, tmp_path):
     """A run that adapted puppets to bronze, its row of eval.py, and a file of an oracle."""
     save_generator(puppet_generator(), copied / "generator.safetensors")
+    save_generator(source := puppet_generator(seed=1), tmp_path / "source.safetensors")
     prior = Path(shutil.copytree(world() / "diffusion", tmp_path / "diffusion"))
     domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
     (prior / "vocabulary.json").write_text(json.dumps({"words": [], "domains": domains}))
-    change_settings(copied, diffusion=str(prior))
+    weights = fingerprint_generator(source)
+    generator = str(tmp_path / "source.safetensors")
+    change_settings(copied, diffusion=str(prior), generator=generator, generator_weights=weights)
     out, weights = tmp_path / "results.json", tmp_path / "oracle.safetensors"
-    row = {"method": "gca3d", "target": "a bronze statue", "samples": 2, "seed": 5}
+    row = {"method": "gca3d", "target": "a bronze statue", "samples": 3, "seed": 5}
     out.write_text(json.dumps({str(copied): row}))
     torch.manual_seed(0)
     save_file(oracle.Oracle().state_dict(), weights)
@@ -400,16 +405,17 @@ def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
     oracle.main(puppet_run)
     row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
     assert before.items() < row.items() and row["oracle_target"] == "bronze"
-    assert 0 < row["oracle_l1"] < 2 and 0 < row["oracle_true_pose_deg"] < 180
+    assert 0 < row["oracle_l1"] < 2 and 0 < row["true_oracle_pose_deg"] < 180
+    assert 0 < row["true_pose_deg"] < 180 and 1 / 3 <= row["true_identity_mrr"] <= 1
     assert f"{row['oracle_l1']:.3f}" in capsys.readouterr().out
 
 
 def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
     seen = {}
-    monkeypatch.setattr(oracle, "compare", lambda _, images, z, c, d: seen.update(z=z, c=c) or {})
+    monkeypatch.setattr(oracle, "compare", lambda _, i, t, z, c, d: seen.update(z=z, c=c) or {})
     oracle.main(puppet_run)
     G = puppet_generator()
-    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=2, seed=5))
+    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
     assert torch.equal(seen["z"], views.z)
     assert torch.equal(seen["c"], G.cameras.label(*views.angles.T))
 
