@@ -448,7 +448,7 @@ def test_plan_covers_every_held_out_domain_and_keeps_seeds_apart():
     runs = experiments.plan(0)
     assert len(experiments.TEXT) >= 8 and set(HELD_OUT) <= set(experiments.TEXT)
     assert len(set(experiments.COMPARED) & set(HELD_OUT)) >= 2
-    assert len(set(experiments.COMPARED) - set(HELD_OUT)) == 2
+    assert set(experiments.COMPARED) - set(HELD_OUT)
     assert set(experiments.COMPARED) <= set(experiments.TEXT)
     assert not runs.keys() & experiments.plan(1).keys()
     assert all(options["seed"] == 0 for options in runs.values())
@@ -458,12 +458,18 @@ def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
     experiments.write_tables({})
     row = {"method": "gca3d", "target": "x", "samples": 8, "seed": 5, "trunc": 1.0}
     experiments.write_tables(
-        {"text-bronze-s0": row | {"clip_text": 0.5}, "image-devil-s0": row | {"clip_image": 0.25}}
+        {
+            "text-bronze-s0": row | {"pose_deg": 5.25, "true_pose_deg": 4.0},
+            "image-devil-s0": row | {"diversity": 0.25},
+        }
     )
-    text = (docs / "results.md").read_text()
-    assert "| run | target | samples | clip_text | clip_image |" in text
-    assert "| text-bronze | x | 8 | 0.500 |  |" in text
-    assert "| image-devil (held out) | x | 8 |  | 0.250 |" in text
+    head, _, bronze, devil = [
+        row.split(" | ") for row in (docs / "results.md").read_text().splitlines() if "|" in row
+    ][:4]
+    assert bronze[0] == "| text-bronze"
+    assert bronze[head.index("pose [deg]")] == "5.25 (4)"
+    assert devil[0] == "| image-devil (held out)" and devil[head.index("pose [deg]")] == ""
+    assert devil[head.index("diversity")] == "0.25"
 
 
 def test_tables_give_mean_and_deviation_over_seeds(docs):
@@ -475,8 +481,9 @@ def test_tables_give_mean_and_deviation_over_seeds(docs):
             scores[f"without-mask-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
     experiments.write_tables(scores)
     text = (docs / "results.md").read_text()
-    assert "| text-clown | x | 8 | 2.200 ± 0.141 |" in text
-    assert "| gca3d | 2.200 ± 0.141 |" in text and "| without mask | 4.200 ± 0.141 |" in text
+    rows = {row.split(" | ")[0]: row for row in text.splitlines()}
+    assert "| 2.2 ± 0.14 |" in rows["| text-clown"] and "| 2.2 ± 0.14 |" in rows["| gca3d"]
+    assert "| 4.2 ± 0.14 |" in rows["| without mask"]
     assert "without depth" not in text
 
 
