@@ -64,7 +64,7 @@ class Config:
 
     only: str = ""  # Part of the names of the runs to do; empty: all.
     seed: int = 0  # Of the training runs.
-    samples: int = 256  # Latents that each run is scored on.
+    samples: int = 64  # Latents that each run is scored on.
     threads: int = 1  # CPU threads; two workers of one thread are faster than one of two.
     worker: int = 0  # Which of `workers` this process is.
     workers: int = 1  # Processes that share the runs.
