@@ -476,7 +476,7 @@ def test_presets_settle_every_option_and_no_base_undoes_a_method():
             assert not base_preset.keys() & preset.keys()
             cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
             open_options = {name for name, value in vars(cfg).items() if value is None}
-            optional = {"image", "adapters", "lora", "vae", "device", "generator"}
+            optional = {"image", "adapters", "lora", "vae", "device", "generator", "micro_batch"}
             assert open_options <= optional
             assert method in train.LEARNS
 
