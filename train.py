@@ -105,7 +105,7 @@ LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.wei
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
     *("out", "image", "device", "save_every", "grid_every"),
-    "micro_batch",  # Slower or faster, but to rounding the same gradients.
+    *("micro_batch", "low_memory"),  # Slower or faster, but to rounding the same gradients.
 }
 POSITIVE = {"lr", "hsc_temperature"}
 LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
@@ -165,6 +165,8 @@ class Config:
     device: str | None = None  # One of cpu, cuda, cuda:1, mps; None: cuda where there is one.
     micro_batch: int | None = None
     """Heads at once, of a process's share of a step; fewer need less memory. None: all of them."""
+    low_memory: bool = False
+    """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
 
 
 @dataclass(frozen=True)
@@ -433,6 +435,7 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         vae=cfg.vae and locate(cfg.vae),
         lora=lora and locate(lora),
         lora_scale=lora_scale,
+        recompute_vae=cfg.low_memory,
     )
     if cfg.depth_scale and prior.controlnet is None:
         raise ValueError(

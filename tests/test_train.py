@@ -332,6 +332,10 @@ def test_a_step_goes_back_through_the_generator_once(monkeypatch, tmp_path):
     assert len(passes) == 3
 
 
+def test_low_memory_changes_nothing(tmp_path, one_step):
+    assert run(tmp_path, steps=1, low_memory=True) == one_step
+
+
 def test_both_generators_render_the_same_before_the_first_update(monkeypatch, tmp_path):
     rendered = []
     synthesis = TriPlaneGenerator.synthesis
