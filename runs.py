@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import nn
 
+import ranks
 from models.checkpoint import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -47,7 +48,8 @@ def run_cli(config: type, main: Callable, description: str) -> None:
     Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
     """
     try:
-        main(tyro.cli(config, description=description))
+        with ranks.one_voice():
+            main(tyro.cli(config, description=description))
     except (ValueError, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

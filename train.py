@@ -6,6 +6,7 @@
 The method is GCA-3D (arXiv:2412.15491). Writes a run folder: config.json, log.jsonl (a row per
 step), grid-<step>.png (source heads above adapted ones), ckpt-<step>.pt (for a resume) and
 generator.safetensors (the result, for render.py). The same command resumes a run that was stopped.
+Started by torchrun or accelerate launch, it trains on several GPUs, which share every batch.
 Options that are None here are set by the presets of --base and --method, which --help lists.
 """
 
@@ -18,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
@@ -29,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ranks
 from losses import coarse_to_fine, dsds_loss, hsc_loss, sds_loss
 from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
@@ -100,11 +103,14 @@ TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}
 LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.weight")
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
-FREE_TO_CHANGE = {"out", "image", "device", "save_every", "grid_every"}
+FREE_TO_CHANGE = {
+    *("out", "image", "device", "save_every", "grid_every"),
+    *("micro_batch", "low_memory"),  # Slower or faster, but to rounding the same gradients.
+}
 POSITIVE = {"lr", "hsc_temperature"}
 LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
 AT_LEAST = {
-    **dict.fromkeys(("steps", "batch", "save_every", "grid_every"), 1),
+    **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
     **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
 }
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
@@ -157,6 +163,10 @@ class Config:
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
     device: str | None = None  # One of cpu, cuda, cuda:1, mps; None: cuda where there is one.
+    micro_batch: int | None = None
+    """Heads at once, of a process's share of a step; fewer need less memory. None: all of them."""
+    low_memory: bool = False
+    """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +190,12 @@ def main(cfg: Config) -> None:
         FloatingPointError: a loss or gradient was not finite; the last checkpoint is intact.
         SystemExit: after Ctrl+C (130) or SIGTERM (143), once a checkpoint is saved.
     """
-    # Settle every option, and refuse what cannot work before anything is loaded or written.
-    cfg = resolve(cfg)
-    check_options(cfg)
-    with sole_writer(cfg.out):
-        adapt(cfg)
+    with ranks.joined(cfg.device):
+        # Settle every option, and refuse what cannot work before anything is loaded or written.
+        cfg = resolve(cfg)
+        check_options(cfg)
+        with sole_writer(cfg.out) if ranks.first() else nullcontext():
+            adapt(cfg)
 
 
 def adapt(cfg: Config) -> None:
@@ -211,24 +222,29 @@ def adapt(cfg: Config) -> None:
     # Heads to look at, the same in every grid.
     source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
 
-    # The run folder; nothing is written before this line.
-    claim_run(cfg.out, settings | fingerprints(G_src, prior, vit, clip), FREE_TO_CHANGE)
-    if picture:
-        save_image(picture, cfg.out / "reference.png")
+    # The run folder; nothing is written before every process is ready, and all of it by the first.
+    ranks.meet()
+    start = state["step"] if state else 0
+    if ranks.first():
+        claim_run(cfg.out, settings | fingerprints(G_src, prior, vit, clip), FREE_TO_CHANGE)
+        if picture:
+            save_image(picture, cfg.out / "reference.png")
+        trim_log(cfg.out, start)
+        if start == 0:
+            save_grid(cfg, 0, source_row, G_src)
+    log_file = cfg.out / "log.jsonl" if ranks.first() else os.devnull
 
     # The copy that learns and its moving average: fresh, or as the run folder has them.
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
     weights = learning_weights(G, LEARNS[cfg.method])
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
-    start = restore(state, weights, averages, optimizer) if state else 0
+    if state:
+        restore(state, weights, averages, optimizer)
     del state  # Four times the size of what learns.
-    trim_log(cfg.out, start)
-    if start == 0:
-        save_grid(cfg, 0, source_row, G_ema)
 
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, unit="step")
-    with open(cfg.out / "log.jsonl", "a") as log, stop_requests() as stop, options_settled():
+    with open(log_file, "a") as log, stop_requests() as signals, options_settled():
         for step in bar:
             began = time.perf_counter()
 
@@ -239,23 +255,33 @@ def adapt(cfg: Config) -> None:
             c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
             t = draw_times(cfg, step, prior).to(device)  # [B]
             noise = draw_noise(cfg, prior).to(device)  # [B, 4, h, w]
-
-            # Render the same heads before and after, with one ws and one jitter of the rays.
             # Mapping sees the frontal camera: the render camera would leak pose into identity.
-            # What learns is in float32, for gradients too small for half precision.
             ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
-            with torch.no_grad():
-                torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-                source = G_src.synthesis(ws, c)
-            torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-            images = G.synthesis(ws, c, force_fp32=True)["image"]  # [B, 3, R, R]
 
-            # Sum the terms' gradients at the images, then go back through the generator once.
-            batch = Batch(source, t, noise, step / cfg.steps)
-            gradient, row = image_gradient(terms, images, batch)
+            row: dict[str, float] = {}  # Means over the batch.
             optimizer.zero_grad()
-            images.backward(gradient / cfg.batch)
-            row["grad_norm"] = nn.utils.get_total_norm([w.grad for w in weights.values()]).item()
+            for rows in ranks.slices(cfg.batch, cfg.micro_batch):
+                # Render the same heads before and after, with one ws and one jitter of the rays.
+                # What learns is in float32, for gradients too small for half precision.
+                with torch.no_grad():
+                    torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+                    source = G_src.synthesis(ws, c, rows=rows)
+                torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+                images = G.synthesis(ws, c, force_fp32=True, rows=rows)["image"]  # [b, 3, R, R]
+
+                # Sum the terms' gradients at the images, then go back through the generator once.
+                batch = Batch(source, t[rows], noise[rows], step / cfg.steps)
+                gradient, scores = image_gradient(terms, images, batch)
+                images.backward(gradient / cfg.batch)
+                with torch.no_grad():
+                    scores["clip"] = (clip.images(images) @ target.T).mean().item()
+                for name, score in scores.items():
+                    row[name] = row.get(name, 0.0) + score * len(images) / cfg.batch
+
+            # Add up the processes' gradients, and refuse what is no number.
+            gradients = [weight.grad for weight in weights.values()]
+            ranks.add_up(gradients, row)
+            row["grad_norm"] = nn.utils.get_total_norm(gradients).item()
             if not all(map(isfinite, row.values())):
                 raise FloatingPointError(f"not finite at step {step}, t = {t.tolist()}: {row}")
 
@@ -264,26 +290,26 @@ def adapt(cfg: Config) -> None:
             update_averages(averages, weights, half_life=EMA_HALF_LIFE * cfg.steps)
 
             # Log the step.
-            with torch.no_grad():
-                row["clip"] = (clip.images(images) @ target.T).mean().item()
             row["seconds"] = round(time.perf_counter() - began, 3)
             row["peak_gb"] = round(peak_gb(device), 3)
             log.write(json.dumps({"step": step, **row}) + "\n")
             log.flush()
             bar.set_postfix_str(f"clip {row['clip']:.3f}, gradient {row['grad_norm']:.2g}")
 
-            # Once in a while: a grid, a checkpoint, an orderly stop.
-            if step % cfg.grid_every == 0 and step < cfg.steps:
+            # Once in a while: a grid, a checkpoint, an orderly stop of all processes.
+            stop = sum(ranks.meet(signals), [])
+            if ranks.first() and step % cfg.grid_every == 0 and step < cfg.steps:
                 save_grid(cfg, step, source_row, G_ema)
-            if stop or (step % cfg.save_every == 0 and step < cfg.steps):
+            if ranks.first() and (stop or (step % cfg.save_every == 0 and step < cfg.steps)):
                 save_run(cfg, step, log, G_ema, weights, averages, optimizer)
             if stop:
                 bar.close()
                 print(f"stopped after step {step} of {cfg.steps}; the same command goes on")
                 raise SystemExit(128 + stop[0])
 
-        save_grid(cfg, cfg.steps, source_row, G_ema)
-        save_run(cfg, cfg.steps, log, G_ema, weights, averages, optimizer)
+        if ranks.first():
+            save_grid(cfg, cfg.steps, source_row, G_ema)
+            save_run(cfg, cfg.steps, log, G_ema, weights, averages, optimizer)
     print_result(cfg)
 
 
@@ -342,12 +368,14 @@ def check_options(cfg: Config) -> None:
                 raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(part))}")
             if isinstance(part, float) and not isfinite(part):
                 raise ValueError(f"{flag} must be a finite number, got {part}")
-        if name in AT_LEAST and value < AT_LEAST[name]:
+        if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if cfg.batch > LARGEST_BATCH:
         raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
+    if cfg.batch % ranks.count():
+        raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
         raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
     check_folder(cfg.out)
@@ -407,6 +435,7 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         vae=cfg.vae and locate(cfg.vae),
         lora=lora and locate(lora),
         lora_scale=lora_scale,
+        recompute_vae=cfg.low_memory,
     )
     if cfg.depth_scale and prior.controlnet is None:
         raise ValueError(
@@ -565,13 +594,12 @@ def restore(
     weights: dict[str, Tensor],
     averages: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-) -> int:
-    """Put back what `save_run` saved, and return its step."""
+) -> None:
+    """Put back what `save_run` saved."""
     for name, weight in weights.items():
         weight.copy_(state["weights"][name])
         averages[name].copy_(state["averages"][name])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
 
 
 def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: TriPlaneGenerator) -> None:

@@ -111,6 +111,7 @@ class DiffusionPrior:
         vae: str | Path | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        recompute_vae: bool = False,
     ) -> "DiffusionPrior":
         """Load Stable Diffusion 1.x or 2.x, optionally with a depth ControlNet and an IP-Adapter.
 
@@ -128,6 +129,8 @@ class DiffusionPrior:
             lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
                 diffusers' format, which is added to the weights. Needs the package peft.
             lora_scale: Weight of the LoRA.
+            recompute_vae: Compute the VAE's activations again when going back, block by block,
+                instead of keeping them: less memory, the same gradients. TAESD stays as it is.
 
         Raises:
             ValueError: a source is missing, no such model, incomplete, or the parts do not fit
@@ -153,6 +156,9 @@ class DiffusionPrior:
         }
         tokenizer = load_tokenizer(source, "tokenizer")
         _check_parts(source, tokenizer, **parts)
+        # TAESD keeps little, and diffusers 0.42.1 forgets to scale its images when it recomputes.
+        if recompute_vae and isinstance(parts["vae"], AutoencoderKL):
+            parts["vae"].enable_gradient_checkpointing()
         if lora is not None:
             fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if controlnet is not None:

@@ -183,6 +183,7 @@ class TriPlaneGenerator(nn.Module):
         superresolve: bool = True,
         planes: Tensor | None = None,
         force_fp32: bool = False,
+        rows: slice | None = None,
     ) -> dict[str, Tensor]:
         """Render ws from the cameras c.
 
@@ -193,8 +194,10 @@ class TriPlaneGenerator(nn.Module):
             neural_rendering_resolution: n for this call; None is the generator's own.
             noise_mode: Noise of the backbone. Super-resolution has its own, in rendering_kwargs.
             superresolve: Make `image`.
-            planes: What `planes(ws)` returned before, to skip the backbone.
+            planes: What `planes(ws[rows])` returned before, to skip the backbone.
             force_fp32: No half precision.
+            rows: Which of ws to render; None: all. They come out as they would among all: rays are
+                drawn for the whole batch, whose depths also bound those of empty rays.
 
         Returns:
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
@@ -212,13 +215,14 @@ class TriPlaneGenerator(nn.Module):
             raise ValueError(
                 f"c must be [B, 25] or [B, K, 25] with B = {len(ws)} as ws, got {list(c.shape)}"
             )
+        rows = rows or slice(None)
         if planes is None:
-            planes = self.planes(ws, noise_mode, force_fp32)
+            planes = self.planes(ws[rows], noise_mode, force_fp32)
         origins, directions = (
             rays.unflatten(0, views.shape[:2]).flatten(1, 2)
             for rays in pixel_rays(views.flatten(0, 1), n)
         )  # [B, K * n * n, 3]
-        maps = self._render(planes, origins, directions)
+        maps = self._render(planes, origins, directions, rows)
         features, depth, acc = (
             m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1) for m in maps
         )  # [B * K, channels, n, n]
@@ -232,7 +236,7 @@ class TriPlaneGenerator(nn.Module):
             out["image"] = self.superresolution(
                 out["image_raw"],
                 features,
-                ws.repeat_interleave(views.shape[1], dim=0),
+                ws[rows].repeat_interleave(views.shape[1], dim=0),
                 self.rendering_kwargs.get("superresolution_noise_mode", "none"),
                 force_fp32,
             )
@@ -316,11 +320,11 @@ class TriPlaneGenerator(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _render(
-        self, planes: Tensor, origins: Tensor, directions: Tensor
+        self, planes: Tensor, origins: Tensor, directions: Tensor, rows: slice | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
         options = RayOptions.from_kwargs(self.rendering_kwargs)
-        return render(planes, self.decoder, origins, directions, self.plane_axes, options)
+        return render(planes, self.decoder, origins, directions, self.plane_axes, options, rows)
 
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:
         """Return the mask: acc where depth is less than the foreground's, softly."""

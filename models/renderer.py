@@ -307,31 +307,38 @@ def render(
     directions: Tensor,
     plane_axes: Tensor,
     options: RayOptions,
+    rows: slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render rays through tri-planes, coarse samples first, then importance samples.
 
     All random numbers are drawn first: `rand_like` [B, M, S, 1], then `rand` [B * M, S2].
 
     Args:
-        planes: Tri-planes, [B, 3, C, P, P].
+        planes: Tri-planes, [B, 3, C, P, P]; with `rows`, of these alone.
         decoder: Plane features to density and colours.
         origins: Ray origins, [B, M, 3].
         directions: Unit ray directions, [B, M, 3].
         plane_axes: Rows are the axes of each plane, [3, 3, 3].
         options: How rays are sampled.
+        rows: Which of the batch to render, just as they are in the whole; None: all.
 
     Returns:
         Features [B, C', M] in (-1, 1), depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Empty
         rays have the greatest depth that the batch sampled.
     """
+    rows = rows or slice(None)
     with torch.autocast(planes.device.type, enabled=False):
         origins, directions = origins.float(), directions.float()
         depths = coarse_depths(origins, directions, options)  # [B, M, S]
         uniform = depths.new_empty(*depths.shape[:2], 0)
         if options.depth_resolution_importance:
-            rows, columns = depths.shape[0] * depths.shape[1], options.depth_resolution_importance
-            uniform = torch.rand(rows, columns, device=depths.device)
+            size = depths[..., 0].numel(), options.depth_resolution_importance
+            uniform = torch.rand(*size, device=depths.device)
             uniform = uniform.unflatten(0, depths.shape[:2])  # [B, M, S2]
+        nearest, farthest = depths.min(), depths.max()
+        origins, directions, depths, uniform = (
+            whole[rows] for whole in (origins, directions, depths, uniform)
+        )
 
         maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
         # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
@@ -353,7 +360,7 @@ def render(
         features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
         # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
-        depth = depth.clamp(depths.min(), depths.max())
+        depth = depth.clamp(nearest, farthest)
         features = widen(features, acc)
         if options.white_back:
             features = features + (1 - acc)

@@ -64,7 +64,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 27
+    assert len(flags) <= 29
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -75,13 +75,14 @@ def test_help_explains_every_option(script, call):
 
 
 def readme_commands():
-    """Return every `python x.py ...` in the sh blocks of the README."""
+    """Return every `x.py ...` that python or a launcher starts in the sh blocks of the README."""
     text = (REPOSITORY / "README.md").read_text()
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = re.split(r"\n|&&", "\n".join(blocks).replace("\\\n", " "))
     commands = [shlex.split(line, comments=True) for line in lines]
     names = {f"{script.__name__}.py" for script in SCRIPTS}
-    return [c[1:] for c in commands if c[:1] == ["python"] and c[1:2] and c[1] in names]
+    starts = [next((i for i, word in enumerate(c) if word in names), None) for c in commands]
+    return [c[i:] for c, i in zip(commands, starts, strict=True) if i is not None]
 
 
 def test_readme_has_commands():

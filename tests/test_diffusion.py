@@ -294,6 +294,24 @@ def test_encoding_has_a_gradient_beyond_the_range_of_images_too(prior):
     assert (images.grad[images.abs() > 1] != 0).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", ["kl", "taesd"])
+def test_recomputed_vae_has_the_same_gradient_and_keeps_less(kind, folder, taesd_folder):
+    vae, kept, gradients = taesd_folder if kind == "taesd" else None, [0, 0], []
+    for recompute in (False, True):
+
+        def weigh(tensor, recompute=recompute):
+            kept[recompute] += tensor.numel()
+            return tensor
+
+        prior = DiffusionPrior.from_pretrained(folder, vae=vae, recompute_vae=recompute)
+        images = picture(height=64, width=64).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+            latents = prior.encode_images(images)
+        gradients += torch.autograd.grad(latents.square().sum(), images)
+    assert torch.equal(*gradients)
+    assert kind == "taesd" or kept[True] < kept[False] / 2
+
+
 def test_distillation_gradient_reaches_the_image_and_no_parameter(prior):
     torch.manual_seed(0)
     images = torch.rand(2, 3, 64, 64, requires_grad=True)

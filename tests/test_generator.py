@@ -117,6 +117,23 @@ def test_given_planes_skip_the_backbone(G, monkeypatch):
     assert G.sample_mixed(torch.zeros(2, 4, 3), None, ws, planes=planes)["rgb"].shape == (2, 4, 8)
 
 
+@pytest.mark.parametrize(
+    "rays", [{}, {"ray_start": "auto", "ray_end": "auto", "box_warp": 0.7}], ids=["", "auto"]
+)
+@pytest.mark.parametrize("views", [1, 2])
+def test_rows_come_out_as_among_all(rays, views):
+    G = small_generator(rays)
+    ws, _ = inputs(G, 3)
+    c = G.cameras.sample(3 * views).unflatten(0, (3, views))
+    torch.manual_seed(1)
+    whole = G.synthesis(ws, c)
+    for rows in (slice(0, 2), slice(2, 3)):
+        torch.manual_seed(1)
+        for name, part in G.synthesis(ws, c, rows=rows).items():
+            wanted = whole[name].unflatten(0, (3, views))[rows].flatten(0, 1)
+            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_resolution_of_a_call_is_not_kept(G):
     ws, c = inputs(G)
     assert G.synthesis(ws, c, neural_rendering_resolution=8)["image_raw"].shape[-1] == 8

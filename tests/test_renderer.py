@@ -240,6 +240,18 @@ def test_random_numbers_are_drawn_once_before_chunking(monkeypatch):
     assert [name for name, _ in calls].count("rand_like") == 1
 
 
+def test_empty_rays_of_some_rows_have_the_depth_of_the_whole_batch():
+    planes, decoder, origins, directions = scene()
+    decoder.net[2].bias.data[0] = -1e4
+    torch.manual_seed(2)
+    wanted = render(planes, decoder, origins, directions, AXES, options())[1]
+    for row in range(2):
+        torch.manual_seed(2)
+        rows = slice(row, row + 1)
+        depth = render(planes[rows], decoder, origins, directions, AXES, options(), rows)[1]
+        assert torch.equal(depth, wanted[rows])
+
+
 def test_depth_lies_within_the_samples_and_opacity_within_one():
     _, depth, acc = render(*scene(), AXES, options())
     assert depth.min() >= 2.25 and depth.max() <= 3.3 + 1.05 / 5

@@ -332,6 +332,10 @@ def test_a_step_goes_back_through_the_generator_once(monkeypatch, tmp_path):
     assert len(passes) == 3
 
 
+def test_low_memory_changes_nothing(tmp_path, one_step):
+    assert run(tmp_path, steps=1, low_memory=True) == one_step
+
+
 def test_both_generators_render_the_same_before_the_first_update(monkeypatch, tmp_path):
     rendered = []
     synthesis = TriPlaneGenerator.synthesis
@@ -476,7 +480,7 @@ def test_presets_settle_every_option_and_no_base_undoes_a_method():
             assert not base_preset.keys() & preset.keys()
             cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
             open_options = {name for name, value in vars(cfg).items() if value is None}
-            optional = {"image", "adapters", "lora", "vae", "device", "generator"}
+            optional = {"image", "adapters", "lora", "vae", "device", "generator", "micro_batch"}
             assert open_options <= optional
             assert method in train.LEARNS
 
