@@ -183,6 +183,7 @@ class TriPlaneGenerator(nn.Module):
         superresolve: bool = True,
         planes: Tensor | None = None,
         force_fp32: bool = False,
+        sample_mult: int = 1,
     ) -> dict[str, Tensor]:
         """Render ws from the cameras c.
 
@@ -195,6 +196,7 @@ class TriPlaneGenerator(nn.Module):
             superresolve: Make `image`.
             planes: What `planes(ws)` returned before, to skip the backbone.
             force_fp32: No half precision.
+            sample_mult: So many times as many samples on each ray; EG3D's videos take 2.
 
         Returns:
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
@@ -218,7 +220,7 @@ class TriPlaneGenerator(nn.Module):
             rays.unflatten(0, views.shape[:2]).flatten(1, 2)
             for rays in pixel_rays(views.flatten(0, 1), n)
         )  # [B, K * n * n, 3]
-        maps = self._render(planes, origins, directions)
+        maps = self._render(planes, origins, directions, sample_mult)
         features, depth, acc = (
             m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1) for m in maps
         )  # [B * K, channels, n, n]
@@ -316,10 +318,10 @@ class TriPlaneGenerator(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _render(
-        self, planes: Tensor, origins: Tensor, directions: Tensor
+        self, planes: Tensor, origins: Tensor, directions: Tensor, sample_mult: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
-        options = RayOptions.from_kwargs(self.rendering_kwargs)
+        options = RayOptions.from_kwargs(self.rendering_kwargs).with_samples(sample_mult)
         return render(planes, self.decoder, origins, directions, self.plane_axes, options)
 
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:

@@ -117,6 +117,16 @@ def test_given_planes_skip_the_backbone(G, monkeypatch):
     assert G.sample_mixed(torch.zeros(2, 4, 3), None, ws, planes=planes)["rgb"].shape == (2, 4, 8)
 
 
+def test_samples_of_a_ray_are_multiplied_for_a_call(G):
+    ws, c = inputs(G)
+    with even_samples():
+        twice = G.synthesis(ws, c, sample_mult=2)["image_raw"]
+        once = G.synthesis(ws, c)["image_raw"]
+        G.rendering_kwargs.update(depth_resolution=12, depth_resolution_importance=12)
+        assert torch.equal(twice, G.synthesis(ws, c)["image_raw"])
+    assert not torch.equal(twice, once)
+
+
 def test_resolution_of_a_call_is_not_kept(G):
     ws, c = inputs(G)
     assert G.synthesis(ws, c, neural_rendering_resolution=8)["image_raw"].shape[-1] == 8
