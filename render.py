@@ -1,18 +1,23 @@
-"""Render a generator or a run: stills, source/adapted grids, depth.
+"""Render a generator or a run: stills, source/adapted grids, depth, turning videos, meshes.
 
     python render.py --ckpt runs/a-bronze-statue --seeds 0-7 --out renders
     python render.py --ckpt generator.safetensors --seeds 0,4-6 --trunc 0.7 --depth
+    python render.py --ckpt runs/a-bronze-statue --seeds 0-3 --orbit 120 --mesh 256
 
 Writes seed0000.png, ... (three views side by side), with --depth also seed0000_depth.png (near is
 bright), and for a run grid.png: the source generator's pictures, below each the adapted one
 (left out, with a warning, where the source generator is gone).
+--orbit writes seed0000.webp: the head turning, an animation that loops; of a run source and
+adapted side by side. --mesh writes seed0000.ply: the surface with colours, in world units.
 Seeds are EG3D's, so they show the same heads as in NVIDIA's scripts.
 """
 
+import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, pi
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,7 @@ from tqdm import tqdm
 
 from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
+from models.mesh import extract_mesh, save_mesh
 from runs import (
     check_folder,
     fingerprint_generator,
@@ -38,6 +44,9 @@ PITCH = -0.2
 GRID_COLUMNS = 8
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
+FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
+MOST_FRAMES = 360  # Pillow wants them all before it encodes: 0.6 GB for pairs of 512 px.
+VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
 
 
 @dataclass
@@ -50,6 +59,8 @@ class Config:
     seeds: str = "0-7"  # Latent codes, such as 0-7,12 (ends included).
     trunc: float = 1.0  # Truncation psi: 1 is the full variety, 0 the average head.
     depth: bool = False  # Also write depth pictures.
+    orbit: int = 0  # Also write videos of so many frames, at 30 a second; 0 writes none.
+    mesh: int = 0  # Also write meshes, from so many voxels per side (say 256); 0 writes none.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
 
@@ -62,9 +73,18 @@ def main(cfg: Config) -> None:
     seeds = parse_range(cfg.seeds)
     if not isfinite(cfg.trunc):
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
+    for flag, value, (least, most) in (
+        ("--orbit", cfg.orbit, (2, MOST_FRAMES)),
+        ("--mesh", cfg.mesh, VOXELS),
+    ):
+        if value and not least <= value <= most:
+            raise ValueError(f"{flag} must be {least} to {most}, or 0 for none, got {value}")
+    if cfg.mesh and importlib.util.find_spec("skimage") is None:
+        raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
     G, G_src, _ = load_run(cfg.ckpt, pick_device(cfg.device))
     make_folder(cfg.out)
+    networks = [G] if G_src is None else [G_src, G]
 
     for seed in tqdm(seeds, unit="seed"):
         views = render(G, seed, VIEWS, cfg.trunc)
@@ -72,9 +92,20 @@ def main(cfg: Config) -> None:
         if cfg.depth:
             depth = depth_images(views["image_depth"], views["mask"])
             save_image(image_grid([depth]), cfg.out / f"seed{seed:04d}_depth.png")
+        if cfg.orbit:
+            turns = [orbit(network, seed, cfg.orbit, cfg.trunc) for network in networks]
+            frames = [image_grid([torch.cat(pair)]) for pair in zip(*turns, strict=True)]
+            save_video(frames, cfg.out / f"seed{seed:04d}.webp")
+        if cfg.mesh:
+            torch.manual_seed(seed)
+            mesh = extract_mesh(G, seed_to_ws(G, seed, cfg.trunc), cfg.mesh)
+            if mesh is None:
+                tqdm.write(f"warning: no mesh of seed {seed}: nothing to see", file=sys.stderr)
+            else:
+                save_mesh(mesh, cfg.out / f"seed{seed:04d}.ply")
 
     if G_src is not None:
-        rows = [portraits(network, seeds, cfg.trunc) for network in (G_src, G)]
+        rows = [portraits(network, seeds, cfg.trunc) for network in networks]
         save_image(image_grid(rows), cfg.out / "grid.png")
     print(f"{len(seeds)} seeds rendered to {cfg.out}")
 
@@ -113,6 +144,13 @@ def seed_to_z(seed: int, z_dim: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)).float()
 
 
+def seed_to_ws(G: TriPlaneGenerator, seed: int, trunc: float = 1.0) -> Tensor:
+    """Return the style codes [1, num_ws, w_dim] of a seed, conditioned on the frontal camera."""
+    device = G.backbone.mapping.w_avg.device
+    z, c = seed_to_z(seed, G.z_dim).to(device), G.cameras.frontal().to(device)
+    return G.mapping(z, c, truncation_psi=trunc)
+
+
 @torch.no_grad()
 def render(
     G: TriPlaneGenerator, seed: int, yaws: tuple[float, ...], trunc: float = 1.0
@@ -126,13 +164,10 @@ def render(
     Returns:
         What `G.synthesis` does, for K cameras: image [K, 3, R, R] in [-1, 1], image_depth, ...
     """
-    device = G.backbone.mapping.w_avg.device
-    ws = G.mapping(
-        seed_to_z(seed, G.z_dim).to(device), G.cameras.frontal().to(device), truncation_psi=trunc
-    )  # [1, num_ws, w_dim]
+    ws = seed_to_ws(G, seed, trunc)
     c = G.cameras.label(torch.tensor(yaws), torch.full((len(yaws),), PITCH))  # [K, 25]
     torch.manual_seed(seed)  # The jitter of the ray samples.
-    return G.synthesis(ws, c[None].to(device))
+    return G.synthesis(ws, c[None].to(ws.device))
 
 
 def portraits(G: TriPlaneGenerator, seeds: list[int], trunc: float = 1.0) -> Tensor:
@@ -141,6 +176,20 @@ def portraits(G: TriPlaneGenerator, seeds: list[int], trunc: float = 1.0) -> Ten
         render(G, seed, (VIEWS[i % len(VIEWS)],), trunc)["image"] for i, seed in enumerate(seeds)
     ]
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def orbit(G: TriPlaneGenerator, seed: int, frames: int, trunc: float = 1.0) -> Iterator[Tensor]:
+    """Yield images [1, 3, R, R] of one head that turns once around `cameras.rim`.
+
+    As in EG3D's videos rays have twice the samples of stills, else grazing surfaces have holes.
+    """
+    ws = seed_to_ws(G, seed, trunc)
+    planes = G.planes(ws)
+    angles = torch.arange(frames) * (2 * pi / frames)
+    for c in G.cameras.rim(angles).to(ws.device).split(1):
+        torch.manual_seed(seed)  # Frames with their own jitter of the ray samples would flicker.
+        yield G.synthesis(ws, c, planes=planes, sample_mult=2)["image"]
 
 
 def depth_images(depth: Tensor, mask: Tensor) -> Tensor:
@@ -191,6 +240,12 @@ def image_grid(rows: list[Tensor], columns: int = GRID_COLUMNS) -> Image.Image:
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG, completely or not at all."""
     atomic_write(path, lambda file: image.save(file, format="PNG"))
+
+
+def save_video(frames: list[Image.Image], path: Path) -> None:
+    """Write an animated WebP that loops, completely or not at all."""
+    options = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MS, "loop": 0}
+    atomic_write(path, lambda file: frames[0].save(file, format="WEBP", quality=90, **options))
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
+ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
 
 
 def look_at(eye: Tensor, target: Tensor) -> Tensor:
@@ -131,11 +132,18 @@ class CameraSetup:
         """Return the frontal view's label, [batch, 25]: the mapping network's conditioning."""
         return self.label(torch.zeros(batch), torch.zeros(batch))
 
+    def rim(self, angle: Tensor) -> Tensor:
+        """Return the labels c [B, 25] of views around the rim of the range, a closed path.
+
+        For EG3D's faces it is the path of its videos, once around as `angle` [B] goes to 2 pi.
+        """
+        middle = ELLIPSE_PITCH if self.distribution == "ellipse" else 0.0
+        return self.label(self.yaw_range * angle.sin(), middle + self.pitch_range * angle.cos())
+
     def sample(self, batch: int) -> Tensor:
         """Draw labels c [batch, 25] from the set-up's distribution (torch's global CPU stream)."""
         if self.distribution == "ellipse":
-            angle = 2 * math.pi * torch.rand(batch)
-            return self.label(self.yaw_range * angle.sin(), -0.05 + self.pitch_range * angle.cos())
+            return self.rim(2 * math.pi * torch.rand(batch))
         if self.distribution == "gaussian":
             yaw, pitch = torch.randn(batch, 1), torch.randn(batch, 1)
         else:

@@ -184,6 +184,7 @@ class TriPlaneGenerator(nn.Module):
         planes: Tensor | None = None,
         force_fp32: bool = False,
         rows: slice | None = None,
+        sample_mult: int = 1,
     ) -> dict[str, Tensor]:
         """Render ws from the cameras c.
 
@@ -198,6 +199,7 @@ class TriPlaneGenerator(nn.Module):
             force_fp32: No half precision.
             rows: Which of ws to render; None: all. They come out as they would among all: rays are
                 drawn for the whole batch, whose depths also bound those of empty rays.
+            sample_mult: So many times as many samples on each ray; EG3D's videos take 2.
 
         Returns:
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
@@ -222,7 +224,7 @@ class TriPlaneGenerator(nn.Module):
             rays.unflatten(0, views.shape[:2]).flatten(1, 2)
             for rays in pixel_rays(views.flatten(0, 1), n)
         )  # [B, K * n * n, 3]
-        maps = self._render(planes, origins, directions, rows)
+        maps = self._render(planes, origins, directions, rows, sample_mult)
         features, depth, acc = (
             m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1) for m in maps
         )  # [B * K, channels, n, n]
@@ -320,10 +322,15 @@ class TriPlaneGenerator(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _render(
-        self, planes: Tensor, origins: Tensor, directions: Tensor, rows: slice | None = None
+        self,
+        planes: Tensor,
+        origins: Tensor,
+        directions: Tensor,
+        rows: slice | None = None,
+        sample_mult: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
-        options = RayOptions.from_kwargs(self.rendering_kwargs)
+        options = RayOptions.from_kwargs(self.rendering_kwargs).with_samples(sample_mult)
         return render(planes, self.decoder, origins, directions, self.plane_axes, options, rows)
 
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Depths are distances along unit rays. Planes span the cube of side `box_warp` ab
 B batch, M rays of one batch element, S samples of a ray, C feature channels, P plane size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -53,6 +53,14 @@ class RayOptions:
         if kwargs.get("density_noise", 0) != 0:
             raise ValueError(f"density_noise must be 0, got {kwargs['density_noise']}")
         return options
+
+    def with_samples(self, times: int) -> "RayOptions":
+        """Return these options with so many times as many samples on a ray."""
+        return replace(
+            self,
+            depth_resolution=self.depth_resolution * times,
+            depth_resolution_importance=self.depth_resolution_importance * times,
+        )
 
     def check(self) -> None:
         """Raise ValueError for values that no render can honour."""

@@ -89,6 +89,23 @@ def test_uniform_views_stay_within_their_half_widths():
     assert eye[:, 1].abs().max() <= edge[0, 7].abs() / 2.7 + 1e-5
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian", "ellipse"])
+def test_rim_is_a_closed_path_within_the_range(distribution):
+    setup = CameraSetup(yaw_range=0.6, pitch_range=0.3, distribution=distribution)
+    rim = setup.rim(torch.linspace(0, 2 * math.pi, 33))
+    torch.testing.assert_close(rim[0], rim[-1], atol=1e-5, rtol=0)
+    eye = split_label(rim)[0][:, :3, 3]
+    assert torch.atan2(eye[:, 0], eye[:, 2]).abs().max() <= 0.6 + 1e-5
+    highest = orbit(torch.zeros(1), torch.tensor([-0.35 if distribution == "ellipse" else -0.3]))
+    torch.testing.assert_close(eye[:, 1].max(), highest[0, 1, 3])
+
+
+def test_rim_of_faces_is_the_path_of_eg3d_s_videos():
+    turn = torch.linspace(0, 6, 7)
+    yaw, pitch = 0.35 * turn.sin(), -0.05 + 0.25 * turn.cos()
+    assert torch.equal(CameraSetup().rim(turn), CameraSetup().label(yaw, pitch))
+
+
 def test_frontal_view_is_the_mean_camera():
     setup = CameraSetup()
     torch.testing.assert_close(setup.frontal(2), setup.label(torch.zeros(2), torch.zeros(2)))

@@ -134,6 +134,16 @@ def test_rows_come_out_as_among_all(rays, views):
             torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_samples_of_a_ray_are_multiplied_for_a_call(G):
+    ws, c = inputs(G)
+    with even_samples():
+        twice = G.synthesis(ws, c, sample_mult=2)["image_raw"]
+        once = G.synthesis(ws, c)["image_raw"]
+        G.rendering_kwargs.update(depth_resolution=12, depth_resolution_importance=12)
+        assert torch.equal(twice, G.synthesis(ws, c)["image_raw"])
+    assert not torch.equal(twice, once)
+
+
 def test_resolution_of_a_call_is_not_kept(G):
     ws, c = inputs(G)
     assert G.synthesis(ws, c, neural_rendering_resolution=8)["image_raw"].shape[-1] == 8

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_generator import even_samples
 from tiny_run import build_generator, hurry, run, world
 
 import render
+from models.checkpoint import save_generator
 
 RENDER = {"seeds": "3,5", "device": "cpu"}
 
@@ -65,6 +67,39 @@ def test_several_views_equal_single_views():
     assert views.shape == (3, 3, 32, 32)
     assert not torch.equal(views[0], views[1])
     torch.testing.assert_close(views[:1], single)
+
+
+def backbone_passes(G, monkeypatch):
+    """Return a list that grows by the batch of every pass of the backbone."""
+    batches, forward = [], G.backbone.synthesis.forward
+    monkeypatch.setattr(
+        G.backbone.synthesis, "forward", lambda ws, *a: batches.append(len(ws)) or forward(ws, *a)
+    )
+    return batches
+
+
+def test_orbit_runs_the_backbone_once(monkeypatch):
+    G = build_generator()
+    batches = backbone_passes(G, monkeypatch)
+    frames = list(render.orbit(G, 1, 9))
+    assert batches == [1]
+    assert [frame.shape for frame in frames] == [(1, 3, 32, 32)] * 9
+
+
+def test_frames_of_an_orbit_equal_single_renders():
+    G = build_generator()
+    ws = render.seed_to_ws(G, 3, 0.7)
+    angles = torch.arange(4) * torch.pi / 2
+    for c, frame in zip(G.cameras.rim(angles).split(1), render.orbit(G, 3, 4, 0.7), strict=True):
+        torch.manual_seed(3)
+        assert torch.equal(frame, G.synthesis(ws, c, sample_mult=2)["image"])
+
+
+def test_orbit_closes_without_a_jump():
+    with even_samples():
+        frames = torch.cat(list(render.orbit(build_generator(), 1, 32)))
+    steps = (frames - frames.roll(1, 0)).square().mean((1, 2, 3)).sqrt()
+    assert steps.min() > 0 and steps[0] < 1.5 * steps[1:].max()
 
 
 def test_no_variety_at_truncation_zero():
@@ -127,6 +162,46 @@ def test_run_gives_a_grid_of_source_above_adapted_too(tmp_path, adapted):
     assert settings["prompt"] == "a bronze statue"
 
 
+def test_orbit_of_a_run_is_a_looping_pair(tmp_path, adapted):
+    render.main(render.Config(str(adapted), tmp_path, "3", orbit=5, device="cpu"))
+    networks = render.load_run(adapted)[1::-1]  # The source first.
+    with Image.open(tmp_path / "seed0003.webp") as video:
+        assert (video.n_frames, video.info["loop"], video.size) == (5, 0, (64, 32))
+        for pair in zip(*(render.orbit(network, 3, 5) for network in networks), strict=True):
+            wanted = np.asarray(render.image_grid([torch.cat(pair)]), int)
+            assert np.abs(np.asarray(video.convert("RGB"), int) - wanted).mean() < 12
+            assert video.info.get("duration", 33) == 33
+            video.seek((video.tell() + 1) % 5)
+
+
+def test_mesh_of_a_generator_file_is_reproducible(tmp_path):
+    pytest.importorskip("skimage")
+    ckpt = str(world() / "generator.safetensors")
+    for out in (tmp_path / "a", tmp_path / "b"):
+        render.main(render.Config(ckpt, out, "5", mesh=24, device="cpu"))
+        assert {p.name for p in out.iterdir()} == {"seed0005.png", "seed0005.ply"}
+    files = [(tmp_path / out / "seed0005.ply").read_bytes() for out in "ab"]
+    assert files[0] == files[1]
+
+
+def test_head_that_nobody_sees_has_no_mesh(tmp_path, capsys):
+    pytest.importorskip("skimage")
+    G = build_generator()
+    G.decoder.net[2].bias.data[0] = -1000
+    save_generator(G, tmp_path / "g.safetensors")
+    out = tmp_path / "out"
+    render.main(render.Config(str(tmp_path / "g.safetensors"), out, "5", mesh=24, device="cpu"))
+    assert [p.name for p in out.iterdir()] == ["seed0005.png"]
+    assert "no mesh of seed 5" in capsys.readouterr().err
+
+
+def test_mesh_without_scikit_image_is_refused_with_a_hint(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ValueError, match="pip install scikit-image"):
+        render.main(render.Config("unread", tmp_path / "out", mesh=24))
+    assert not (tmp_path / "out").exists()
+
+
 def test_run_whose_source_is_gone_still_gives_stills(tmp_path, adapted, capsys):
     shutil.copytree(adapted, tmp_path / "run")
     settings = json.loads((tmp_path / "run/config.json").read_text())
@@ -144,6 +219,8 @@ def test_run_whose_source_is_gone_still_gives_stills(tmp_path, adapted, capsys):
     [
         ({"seeds": "7-3"}, "--seeds"),
         ({"trunc": float("nan")}, "--trunc"),
+        *(({"orbit": frames}, "--orbit") for frames in (-120, 1, 361)),
+        *(({"mesh": voxels}, "--mesh") for voxels in (-1, 3, 100_000)),
         ({"ckpt": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"device": "abacus"}, "--device"),
         ({"ckpt": "x" * 300}, "no such file"),
