@@ -113,6 +113,17 @@ def noise_left(prior, domain: str, prompt: str) -> torch.Tensor:
     return (prior.predict_noise(noisy, t, text) - noise).square().mean((1, 2, 3)).view(3, 4).mean(1)
 
 
+def test_vae_shows_colours_that_no_domain_has(prior):
+    """Else distillation ends in pictures that only its encoder takes for the target's."""
+    torch.manual_seed(3)
+    z, rng = torch.randn(4, heads.Z_DIM), np.random.default_rng(3)
+    images = heads.render(z, torch.cat([heads_camera(rng) for _ in z]), "person")[0]
+    for channels, least in (([0, 1, 2], 28), ([1, 2, 0], 25)):
+        odd = images[:, channels]
+        back = prior.decode_latents(prior.encode_images(odd)).clamp(-1, 1)
+        assert 10 * torch.log10(4 / (back - odd).square().mean()) > least
+
+
 def test_picture_without_text_guides_towards_its_domain(prior):
     torch.manual_seed(6)
     z, c = torch.randn(1, heads.Z_DIM), heads_camera(np.random.default_rng(1))
