@@ -3,8 +3,8 @@
     python -m puppets.experiments
 
 Runs go to `runs/experiments`, one at a time; what is finished is not done again. Scores go to
-`docs/results.json`, tables to `docs/results.md`, figures to `docs/figure-*.png`. A call with
-another --seed adds its runs to those of the seeds before.
+`docs/results.json`, tables to `docs/results.md`, figures to `docs/figure-*.png` and
+`docs/orbit.webp`. A call with another --seed adds its runs to those of the seeds before.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from puppets import oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT
 from puppets.heads import Z_DIM, render
+from render import image_grid, orbit, save_image, save_video, to_uint8
 from render import render as render_views
-from render import save_image, to_uint8
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
+SOURCE = "checkpoints/puppets/generator.safetensors"
 TEXT = ("bronze", "zombie", "clown", "alien", "wood", "sketch", *HELD_OUT)
 PICTURE = ("bronze", "alien", "devil")
 COMPARED = ("clown", "devil", "robot")  # One that was tuned on, two held out.
@@ -55,6 +56,8 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "steps_minutes": "minutes",
     "peak_gb": "GB",
 }
+TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
+TURNING_FRAMES = 48
 FIGURE_SEEDS = (3, 14, 15, 92, 65, 35)
 
 
@@ -104,6 +107,7 @@ def main(cfg: Config) -> None:
             evaluation.write_rows(path, evaluation.read_rows(path) | {name: row})
     write_tables(evaluation.read_rows(path))
     draw_figures(cfg.seed)
+    draw_orbit(cfg.seed)
 
 
 def draw_reference(domain: str) -> None:
@@ -185,7 +189,7 @@ def spread(values: list[float]) -> str:
 
 def draw_figures(seed: int) -> None:
     """Draw source heads above the same heads in every domain, for text and for pictures."""
-    source = load_generator("checkpoints/puppets/generator.safetensors")
+    source = load_generator(SOURCE)
     for kind, domains in (("text", TEXT), ("image", PICTURE)):
         rows = [("source", None, show(source))]
         for domain in domains:
@@ -196,6 +200,19 @@ def draw_figures(seed: int) -> None:
             label = DOMAINS[domain].phrases[0] if kind == "text" else ""
             rows.append((label, picture, show(load_generator(run))))
         save_image(sheet(rows), DOCS / f"figure-{kind}.png")
+
+
+def draw_orbit(seed: int) -> None:
+    """Draw two heads that turn: the source's and, beside it, what they became."""
+    runs = [RUNS / f"text-{domain}-s{seed}" for domain in TURNING]
+    networks = [load_generator(SOURCE)]
+    networks += [load_generator(run) for run in runs if (run / "generator.safetensors").exists()]
+    heads = [
+        zip(*(orbit(G, head, TURNING_FRAMES) for G in networks), strict=True)
+        for head in FIGURE_SEEDS[:2]
+    ]
+    frames = [image_grid([torch.cat(row) for row in rows]) for rows in zip(*heads, strict=True)]
+    save_video(frames, DOCS / "orbit.webp")
 
 
 def show(G: TriPlaneGenerator) -> Tensor:

@@ -498,7 +498,7 @@ def test_experiments_score_again_what_has_other_samples(docs, monkeypatch):
     monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
     monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
     monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
-    for name in ("draw_reference", "draw_figures"):
+    for name in ("draw_reference", "draw_figures", "draw_orbit"):
         monkeypatch.setattr(experiments, name, lambda _: None)
     for samples in (8, 8, 16):
         experiments.main(experiments.Config(only="text-bronze", samples=samples))
