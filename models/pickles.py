@@ -277,7 +277,10 @@ OPCODES: dict[bytes, Callable[[Machine], object]] = {
 
 def _persistent_object(meta: dict) -> Inert:
     """Return an object of EG3D's code, which it carries along as source text: that stays text."""
-    return Inert(meta["class_name"], state=meta["state"])
+    name = meta["class_name"]
+    if type(name) is not str or len(name) > MAX_NAME:
+        raise ValueError("it has an object whose class's name is no name")
+    return Inert(name, state=meta["state"])
 
 
 def _numpy_scalar(dtype: Inert, data: memoryview) -> float | int | bool | None:

@@ -363,6 +363,13 @@ def nested_modules(levels=60):
     return module
 
 
+def with_class_name(name):
+    content = content_of(build_generator())
+    content["G_ema"].class_name = name
+    del content["G_ema"]._modules["decoder"]  # Of what is no generator, the class is named.
+    return content
+
+
 def with_nested_modules():
     content = content_of(build_generator())
     content["G_ema"].backbone._modules["more"] = nested_modules()
@@ -370,11 +377,14 @@ def with_nested_modules():
 
 
 BOMBS = {
-    "laughing settings": lambda: with_settings(box_warp=laughs()),
-    "laughing layers": lambda: with_layers(laughs()),
-    "laughing offset": lambda: with_bias(tensor(offset=laughs())),
-    "laughing bias": lambda: with_bias(laughs()),
-    "endless modules": with_nested_modules,
+    "laughing class name": (lambda: with_class_name(laughs()), "class's name"),
+    "long class name": (lambda: with_class_name("a" * 501), "class's name"),
+    "laughing settings": (lambda: with_settings(box_warp=laughs()), "box_warp"),
+    "laughing layers": (lambda: with_layers(laughs()), "num_layers"),
+    "laughing offset": (lambda: with_bias(tensor(offset=laughs())), "whole numbers"),
+    "laughing size": (lambda: with_bias(tensor(size=laughs())), "no shape"),
+    "laughing bias": (lambda: with_bias(laughs()), "decoder.net.2.bias is no tensor"),
+    "endless modules": (with_nested_modules, "more parts than a generator can have"),
 }
 DEEP = 150_000  # Hashing a tuple so deep crashes Python.
 WRITTEN_BOMBS = {
@@ -430,9 +440,10 @@ def refuse(path):
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_endless_structures_are_refused_at_once(case):
-    path = write(BOMBS[case]())
+    make, reason = BOMBS[case]
+    path = write(make())
     with little_time_and_memory():
-        refuse(path)
+        assert reason in refuse(path)
 
 
 @pytest.mark.parametrize("case", WRITTEN_BOMBS)
