@@ -126,7 +126,7 @@ class DiffusionPrior:
             vae: Local folder or hub id of another VAE, or of TAESD, nine times cheaper and
                 coarser; a local diffusers folder gives its `vae/`. None: the model's own.
             lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
-                diffusers' format, which is added to the weights. Needs the package peft.
+                diffusers' format, which is added to the weights.
             lora_scale: Weight of the LoRA.
 
         Raises:
