@@ -15,6 +15,12 @@ from torch import Tensor
 
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
+MAX_NUMBER = 1e6  # A guard against files; no honest setting is near it.
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number to calculate with: finite, and not astronomical."""
+    return isinstance(value, int | float) and abs(value) < MAX_NUMBER
 
 
 def look_at(eye: Tensor, target: Tensor) -> Tensor:
@@ -116,7 +122,14 @@ class CameraSetup:
     yaw = yaw_range sin u, pitch = -0.05 + pitch_range cos u."""
 
     def __post_init__(self) -> None:
-        """Refuse a distribution that `sample` does not know."""
+        """Refuse a distribution that `sample` does not know, and places where nothing can be."""
+        numbers = (self.radius, self.focal, self.yaw_range, self.pitch_range, *self.pivot)
+        if not (all(map(is_number, numbers)) and len(self.pivot) == 3):
+            raise ValueError(f"cameras need finite numbers, three of them as pivot, got {self}")
+        if self.radius <= 0 or self.focal <= 0:
+            raise ValueError(
+                f"radius and focal of cameras must be positive, got {self.radius}, {self.focal}"
+            )
         if self.distribution not in ("uniform", "gaussian", "ellipse"):
             raise ValueError(
                 f"camera distribution must be uniform, gaussian or ellipse, "
