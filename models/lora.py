@@ -15,11 +15,10 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from models.pretrained import find_weights, one_line_errors, quiet_loading
+from models.pretrained import fetch_weights, find_weights, one_line_errors, quiet_loading
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # The usual one of several in a folder.
 SIDES = (".lora_A.weight", ".lora_B.weight")
@@ -41,9 +40,7 @@ def fuse_lora(
     with one_line_errors(root, os.path.join(subfolder, name)), quiet_loading():
         from diffusers.loaders import StableDiffusionLoraLoaderMixin  # Its import logs warnings.
 
-        file = os.path.join(root, name)
-        if not os.path.isdir(root):
-            file = hf_hub_download(root, name, subfolder=subfolder or None)
+        file = fetch_weights(root, subfolder, name)
         if any("dora_scale" in key or "magnitude" in key for key in load_state_dict(file)):
             raise ValueError("is a DoRA, which scales weights too; only LoRA is supported")
         weights, alphas, header = StableDiffusionLoraLoaderMixin.lora_state_dict(

@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 from safetensors.torch import load_file, save_file
-from tiny_prior import build_prior, build_sd2, build_taesd, write_lora
+from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lora
 
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
@@ -488,6 +488,10 @@ def replace(target, source):
     shutil.copytree(source, target)
 
 
+def edit_weights(path, change):
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
 DAMAGES = {
     "no_pipeline": (lambda d: (d / "model_index.json").unlink(), "model_index.json"),
     "no_unet": (lambda d: shutil.rmtree(d / "unet"), "unet"),
@@ -528,6 +532,47 @@ DAMAGES = {
     "truncated": (
         lambda d: (d / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x08\0\0\0"),
         "vae",
+    ),
+    "fewer_layers_than_weights": (
+        lambda d: edit_json(d / "text_encoder/config.json", num_hidden_layers=1),
+        "leaves out",
+    ),
+    "no_middle": (lambda d: edit_json(d / "unet/config.json", mid_block_type=None), "mid_block"),
+    "fewer_layers_of_the_image_encoder": (
+        lambda d: edit_json(d / "ip_adapter/models/image_encoder/config.json", num_hidden_layers=1),
+        "leaves out",
+    ),
+    "surplus_weight": (
+        lambda d: edit_weights(
+            d / "vae/diffusion_pytorch_model.safetensors",
+            lambda s: s | {"encoder.extra.weight": torch.ones(1)},
+        ),
+        "encoder.extra.weight",
+    ),
+    "surplus_adapter_weight": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: s | {"ip_adapter.99.to_k_ip.weight": torch.ones(1)},
+        ),
+        "no place for ip_adapter.99",
+    ),
+    "nan_adapter": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: {key: value * torch.nan for key, value in s.items()},
+        ),
+        "is not finite",
+    ),
+    "sizes": (lambda d: edit_json(d / "unet/config.json", sample_size=[8, 8]), "sample_size"),
+    "no_size": (lambda d: edit_json(d / "unet/config.json", sample_size=None), "sample_size"),
+    "no_index": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json"),
+    "xl": (
+        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "XL",
+    ),
+    "nan_schedule": (
+        lambda d: edit_json(d / "scheduler/scheduler_config.json", beta_start=float("nan")),
+        "not finite",
     ),
     "misshapen": (lambda d: edit_json(d / "vae/config.json", latent_channels=8), "vae"),
     "class_labels": (
@@ -577,14 +622,36 @@ def test_parts_of_different_attention_widths_are_refused(part, folder, copy, tmp
     assert "\n" not in str(caught.value)
 
 
+def test_other_tower_and_positions_in_a_file_of_clip_do_no_harm(copy, tmp_path):
+    clip = build_clip(tmp_path / "clip")
+    positions = {
+        f"{part}_model.embeddings.position_ids": torch.ones(1) for part in ("text", "vision")
+    }
+    edit_weights(clip / "model.safetensors", lambda s: s | positions)
+    replace(copy / "text_encoder", clip)
+    replace(copy / "ip_adapter/models/image_encoder", clip)
+    DiffusionPrior.from_pretrained(copy)
+
+
 def test_adapters_of_version_1_are_refused_beside_version_2(folder, sd2_folder):
-    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* width 32, the UNet to 48"):
+    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* is 32, but .* 48"):
         DiffusionPrior.from_pretrained(sd2_folder, controlnet=folder / "controlnet")
     with pytest.raises(ValueError, match=f"^{folder}/ip_adapter/models/.*48"):
         DiffusionPrior.from_pretrained(sd2_folder, ip_adapter=folder / "ip_adapter")
 
 
-@pytest.mark.parametrize(("key", "value"), [("conditioning_channels", 1), ("layers_per_block", 2)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("conditioning_channels", 1),
+        ("layers_per_block", 2),
+        ("conditioning_embedding_out_channels", [16, 32, 96]),
+        ("class_embed_type", "timestep"),
+        ("addition_embed_type", "text"),
+        ("global_pool_conditions", True),
+        ("controlnet_conditioning_channel_order", "bgr"),
+    ],
+)
 def test_controlnet_of_another_build_is_refused(key, value, folder, copy):
     config = copy / "controlnet/config.json"
     options = json.loads(config.read_text()) | {key: value}
@@ -634,7 +701,8 @@ def test_vae_that_is_none_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["no/such/folder", "nowhere", "/no/folder", "x" * 300, f"x/{'y' * 300}"]
+    "source",
+    ["no/such/folder", "nowhere", "../nothing", "a/..", "/no/folder", "x" * 300, f"x/{'y' * 300}"],
 )
 def test_source_that_is_neither_folder_nor_hub_id_is_refused(source):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
