@@ -123,13 +123,16 @@ class CameraSetup:
 
     def __post_init__(self) -> None:
         """Refuse a distribution that `sample` does not know, and places where nothing can be."""
-        numbers = (self.radius, self.focal, self.yaw_range, self.pitch_range, *self.pivot)
-        if not (all(map(is_number, numbers)) and len(self.pivot) == 3):
-            raise ValueError(f"cameras need finite numbers, three of them as pivot, got {self}")
+        for name in ("radius", "focal", "yaw_range", "pitch_range"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"camera {name} must be a number, got {getattr(self, name)!r}")
         if self.radius <= 0 or self.focal <= 0:
             raise ValueError(
-                f"radius and focal of cameras must be positive, got {self.radius}, {self.focal}"
+                f"camera radius and focal must be positive, got {self.radius}, {self.focal}"
             )
+        point = isinstance(self.pivot, tuple) and len(self.pivot) == 3
+        if not (point and all(map(is_number, self.pivot))):
+            raise ValueError(f"camera pivot must be three numbers, got {self.pivot!r}")
         if self.distribution not in ("uniform", "gaussian", "ellipse"):
             raise ValueError(
                 f"camera distribution must be uniform, gaussian or ellipse, "

@@ -163,7 +163,8 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenera
     size = header["neural_rendering_resolution"]
     if not (is_number(size) and size == int(size) and 1 <= size <= MAX_RENDER):
         raise ValueError(f"neural_rendering_resolution must be 1 to {MAX_RENDER}, got {size!r}")
-    axes = torch.tensor(header["plane_axes"], dtype=torch.float32)
+    axes = header["plane_axes"]
+    axes = torch.tensor(axes if isinstance(axes, list | tuple) else [], dtype=torch.float32)
     if axes.shape != (3, 3, 3) or not (axes.isfinite().all() and axes.det().abs().min() > 1e-6):
         raise ValueError("plane_axes must be three 3 x 3 matrices that can be inverted")
     G.neural_rendering_resolution, G.plane_axes = int(size), axes

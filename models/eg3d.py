@@ -151,9 +151,10 @@ class TriPlaneGenerator(nn.Module):
         kwargs = self.rendering_kwargs
         faces = CameraSetup()
         radius = kwargs.get("avg_camera_radius", faces.radius)
+        pivot = kwargs.get("avg_camera_pivot", faces.pivot)
         return CameraSetup(
             radius=radius,
-            pivot=tuple(kwargs.get("avg_camera_pivot", faces.pivot)),
+            pivot=tuple(pivot) if isinstance(pivot, list) else pivot,
             focal=kwargs.get("camera_focal", FOCAL_CARS if radius == 1.7 else FOCAL),
             yaw_range=kwargs.get("camera_yaw_range", faces.yaw_range),
             pitch_range=kwargs.get("camera_pitch_range", faces.pitch_range),

@@ -169,7 +169,7 @@ def describe(G: Inert) -> dict:
             rendering_kwargs or entries(init_kwargs.get("rendering_kwargs"))
         ),
         "neural_rendering_resolution": plain(state.get("neural_rendering_resolution", 64)),
-        "plane_axes": plain(axes[0]) if axes else PLANE_AXES,
+        "plane_axes": plain(axes[0] if axes else PLANE_AXES),
     }
 
 

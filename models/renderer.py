@@ -21,7 +21,13 @@ CHUNK_POINTS_BACKWARD = 2**17
 CHUNK_POINTS_GPU = 2**20
 MAX_DEPTHS = 4096  # A guard against files; EG3D's have 48 to 96.
 # Settings that others than rays use: numbers, or yes and no.
-OTHER_NUMBERS = ("c_scale", "c_gen_conditioning_zero", "foreground_depth", "sr_antialias")
+OTHER_NUMBERS = (
+    "c_gen_conditioning_zero",
+    "c_scale",
+    "decoder_lr_mul",
+    "foreground_depth",
+    "sr_antialias",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class RayOptions:
             raise ValueError(f"clamp_mode must be 'softplus', got {kwargs['clamp_mode']!r}")
         if kwargs.get("density_noise", 0) != 0:
             raise ValueError(f"density_noise must be 0, got {kwargs['density_noise']}")
+        noise = kwargs.get("superresolution_noise_mode", "none")
+        if noise not in ("none", "const", "random"):
+            raise ValueError(
+                f"superresolution_noise_mode must be none, const or random, got {noise!r}"
+            )
         for name in OTHER_NUMBERS:
             if not is_number(kwargs.get(name, 0)):
                 raise ValueError(f"{name} must be a number, got {kwargs[name]!r}")
