@@ -16,6 +16,12 @@ from torch import Tensor
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
+MAX_NUMBER = 1e6  # A guard against files; no honest setting is near it.
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number to calculate with: finite, and not astronomical."""
+    return isinstance(value, int | float) and abs(value) < MAX_NUMBER
 
 
 def look_at(eye: Tensor, target: Tensor) -> Tensor:
@@ -117,7 +123,17 @@ class CameraSetup:
     yaw = yaw_range sin u, pitch = -0.05 + pitch_range cos u."""
 
     def __post_init__(self) -> None:
-        """Refuse a distribution that `sample` does not know."""
+        """Refuse a distribution that `sample` does not know, and places where nothing can be."""
+        for name in ("radius", "focal", "yaw_range", "pitch_range"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"camera {name} must be a number, got {getattr(self, name)!r}")
+        if self.radius <= 0 or self.focal <= 0:
+            raise ValueError(
+                f"camera radius and focal must be positive, got {self.radius}, {self.focal}"
+            )
+        point = isinstance(self.pivot, tuple) and len(self.pivot) == 3
+        if not (point and all(map(is_number, self.pivot))):
+            raise ValueError(f"camera pivot must be three numbers, got {self.pivot!r}")
         if self.distribution not in ("uniform", "gaussian", "ellipse"):
             raise ValueError(
                 f"camera distribution must be uniform, gaussian or ellipse, "

@@ -8,6 +8,7 @@ also read from EG3D's own files (models/official.py), and by hub id or URL (mode
 
 import json
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -16,15 +17,27 @@ from typing import BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.cameras import is_number
 from models.download import fetch
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle, read_state_dict
 
 FORMAT = "eg3d-safetensors"
-READERS = {".pkl": read_official_pickle, ".pth": read_state_dict, ".pt": read_state_dict}
+TORCH_BEGINS = (b"PK", b"\x80\x02\x8a\x0a")  # Files of torch.save, since and before version 1.6.
+# What foreign and damaged files make readers and the constructor raise.
+FILE_ERRORS = (
+    ArithmeticError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+MAX_RENDER = 4096  # Pixels before super-resolution; a guard against files.
 KEPT_CHECKPOINTS = 2  # One more than a resume needs, should the newest prove unreadable.
 
 
@@ -41,13 +54,13 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
         ValueError: the file is missing, foreign, damaged or of an unsupported kind; one line.
     """
     path = _find_generator(source)
-    read = READERS.get(path.suffix.lower(), _read_safetensors)
     try:
-        G = _build_generator(*read(path))
-    # Foreign files can upset readers and the constructor in any way.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} holds no usable generator: {reason[:300]}") from error
+        G = _build_generator(*_read_generator(path))
+    except FILE_ERRORS as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if not os.path.exists(source):
+            reason += "; delete it to download it again"
+        raise ValueError(f"{path} holds no usable generator: {reason}") from error
     return G.eval().requires_grad_(False).to(device)
 
 
@@ -60,6 +73,9 @@ def save_generator(
         G: The generator, which stays as it is.
         path: A .safetensors, usually `<run>/generator.safetensors`.
         dtype: Of the stored weights; float16 halves the file.
+
+    Raises:
+        ValueError: a weight is not finite, or too large for `dtype`.
     """
     header = {
         "init_kwargs": G.init_kwargs,
@@ -69,6 +85,7 @@ def save_generator(
     }
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
+    _check_finite(tensors)
     content = _sort_header(safetensors.torch.save(tensors, metadata))
     atomic_write(path, lambda file: file.write(content))
 
@@ -141,16 +158,41 @@ def _find_generator(source: str | Path) -> Path:
 def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenerator:
     """Return the generator of a header as `save_generator` writes it; it takes over the tensors."""
     kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
-    with torch.device("meta"):  # Random weights would take seconds, only to be replaced.
+    with torch.device("meta"):  # Weights would take time and memory, only to be replaced.
         G = TriPlaneGenerator(**kwargs)
-    G.neural_rendering_resolution = int(header["neural_rendering_resolution"])
-    G.plane_axes = torch.tensor(header["plane_axes"]).view(3, 3, 3)
-    if G.neural_rendering_resolution < 1:
-        raise ValueError(f"neural_rendering_resolution {G.neural_rendering_resolution}")
+    size = header["neural_rendering_resolution"]
+    if not (is_number(size) and size == int(size) and 1 <= size <= MAX_RENDER):
+        raise ValueError(f"neural_rendering_resolution must be 1 to {MAX_RENDER}, got {size!r}")
+    axes = header["plane_axes"]
+    axes = torch.tensor(axes if isinstance(axes, list | tuple) else [], dtype=torch.float32)
+    if axes.shape != (3, 3, 3) or not (axes.isfinite().all() and axes.det().abs().min() > 1e-6):
+        raise ValueError("plane_axes must be three 3 x 3 matrices that can be inverted")
+    G.neural_rendering_resolution, G.plane_axes = int(size), axes
     G.cameras.frontal()  # Fails for a set-up that no camera can have.
+    _check_finite(tensors)
     tensors.setdefault("dataset_label_std", torch.ones(25))  # Only EG3D's training adds it.
     G.load_state_dict(tensors, assign=True)
     return G
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse weights with which every picture would be black, or none."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite, or too large for {tensor.dtype}")
+
+
+def _read_generator(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return the header and tensors of a file, whose kind its first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # After the header's length, which can be any bytes.
+        return _read_safetensors(path)
+    if start.startswith(TORCH_BEGINS):
+        return read_state_dict(path)
+    if start.startswith(pickle.PROTO):
+        return read_official_pickle(path)
+    raise ValueError("it is neither a .safetensors, a .pkl nor a .pth")
 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:

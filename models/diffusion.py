@@ -20,12 +20,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.modeling_utils import load_state_dict
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from models.features import clip_preprocess, clip_tokenize
 from models.lora import fuse_lora
 from models.pretrained import (
+    fetch_weights,
     find_weights,
     load_network,
     load_tokenizer,
@@ -37,7 +39,24 @@ from models.pretrained import (
 
 IP_ADAPTER_FILE = "ip-adapter_sd15.safetensors"  # The usual one of several in a folder.
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-TEXT_WIDTHS = {768: " (Stable Diffusion 1.x)", 1024: " (Stable Diffusion 2.x)"}
+TEXT_WIDTHS = {"768": " (Stable Diffusion 1.x)", "1024": " (Stable Diffusion 2.x)"}
+# What a config must say, since anything else would be ignored here or fail in the first step.
+UNET_CONFIG = {
+    "time_cond_proj_dim": None,  # Of guidance-distilled (LCM) networks, which give no scores.
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+}
+CONTROLNET_CONFIG = {
+    "conditioning_channels": 3,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "global_pool_conditions": False,
+    "controlnet_conditioning_channel_order": "rgb",
+}
+AS_THE_UNET = ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block")
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ class DiffusionPrior:
             vae: Local folder or hub id of another VAE, or of TAESD, nine times cheaper and
                 coarser; a local diffusers folder gives its `vae/`. None: the model's own.
             lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
-                diffusers' format, which is added to the weights. Needs the package peft.
+                diffusers' format, which is added to the weights.
             lora_scale: Weight of the LoRA.
             recompute_vae: Compute the VAE's activations again when going back, block by block,
                 instead of keeping them: less memory, the same gradients. TAESD stays as it is.
@@ -138,15 +157,12 @@ class DiffusionPrior:
         """
         source = resolve_source(source)
         folder = Path(source)
-        vocabulary = None
         if folder.is_dir():
-            if not (folder / "model_index.json").is_file():
-                raise ValueError(f"{source}: not a diffusers folder, it has no model_index.json")
+            _check_index(folder / "model_index.json")
             if controlnet is None and (folder / "controlnet").is_dir():
                 controlnet = folder / "controlnet"
             if ip_adapter is None and weight_files(folder / "ip_adapter/models", "ip-adapter*"):
                 ip_adapter = folder / "ip_adapter"
-            vocabulary = _read_vocabulary(folder / "vocabulary.json")
 
         scheduler = _load_scheduler(source)
         parts = {
@@ -154,20 +170,20 @@ class DiffusionPrior:
             "unet": load_network(UNet2DConditionModel, source, "unet", dtype),
             "text_encoder": load_network(CLIPTextModel, source, "text_encoder", dtype),
         }
-        tokenizer = load_tokenizer(source, "tokenizer")
-        _check_parts(source, tokenizer, **parts)
         # TAESD keeps little, and diffusers 0.42.1 forgets to scale its images when it recomputes.
         if recompute_vae and isinstance(parts["vae"], AutoencoderKL):
             parts["vae"].enable_gradient_checkpointing()
-        if lora is not None:
-            fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if controlnet is not None:
             controlnet = resolve_source(controlnet)
             parts["controlnet"] = load_network(ControlNetModel, controlnet, dtype=dtype)
-            _check_controlnet(controlnet, parts["controlnet"], parts["unet"])
+        tokenizer = load_tokenizer(source, "tokenizer")
+        _check_fit(source, controlnet, tokenizer, **parts)
+        if lora is not None:
+            fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if ip_adapter is not None:
             parts["image_encoder"] = _load_ip_adapter(ip_adapter, parts["unet"])
         parts = {name: network.to(device) for name, network in parts.items()}
+        vocabulary = _read_vocabulary(folder / "vocabulary.json")
         return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, vocabulary=vocabulary)
 
     @property
@@ -381,6 +397,16 @@ def depth_condition(depth: Tensor, mask: Tensor, size: int) -> Tensor:
     return resized.expand(-1, 3, -1, -1)  # [B, 3, size, size]
 
 
+def _check_index(path: Path) -> None:
+    """Refuse a folder that is no diffusers pipeline, or one of another family."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: not a diffusers folder, it has no model_index.json")
+    with one_line_errors(str(path.parent), path.name):
+        pipeline = json.loads(path.read_text())["_class_name"]
+        if re.search("XL|Diffusion3", pipeline):
+            raise ValueError(f"holds a {pipeline}, not Stable Diffusion 1.x or 2.x")
+
+
 def _read_vocabulary(path: Path) -> dict | None:
     """Return the words a small prior declares to know, or None."""
     if not path.is_file():
@@ -402,7 +428,10 @@ def _load_scheduler(source: str) -> DDPMScheduler:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type is {prediction}, not epsilon or v_prediction")
-        return DDPMScheduler.from_pretrained(source, **options)
+        scheduler = DDPMScheduler.from_pretrained(source, **options)
+        if not scheduler.alphas_cumprod.isfinite().all():
+            raise ValueError("its noise schedule is not finite")
+    return scheduler
 
 
 def _load_vae(source: str, subfolder: str) -> AutoencoderKL | AutoencoderTiny:
@@ -441,51 +470,53 @@ def _vae_config(source: str, subfolder: str) -> dict:
     return config
 
 
-def _check_parts(
+def _check_fit(
     source: str,
+    controlnet_source: str | None,
     tokenizer: CLIPTokenizer,
     vae: AutoencoderKL | AutoencoderTiny,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
+    controlnet: ControlNetModel | None = None,
 ) -> None:
     """Refuse parts that load but cannot work together, or with the losses."""
-    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-        raise ValueError(
-            f"{source}: the UNet attends to text of width {unet.config.cross_attention_dim}, "
-            f"the text encoder gives {text_encoder.config.hidden_size}"
-        )
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"{source}: the UNet takes {unet.config.in_channels} channels, a latent has "
-            f"{vae.config.latent_channels} (inpainting and depth variants are not supported)"
-        )
+    pairs = [
+        (source, "cross_attention_dim", unet, "hidden_size", text_encoder),
+        (source, "in_channels", unet, "latent_channels", vae),
+    ]
+    wanted = [(source, unet, UNET_CONFIG)]
+    if controlnet is not None:
+        pairs += [(controlnet_source, key, controlnet, key, unet) for key in AS_THE_UNET]
+        wanted += [(controlnet_source, controlnet, CONTROLNET_CONFIG)]
+
+    for where, network, config in wanted:
+        for key, value in config.items():
+            if network.config.get(key, value) != value:
+                name, given = type(network).__name__, network.config[key]
+                raise ValueError(f"{where}: {key} of its {name} is {given!r}, not {value!r}")
+    for where, key, network, other_key, other in pairs:
+        ours, theirs = str(getattr(network.config, key)), str(getattr(other.config, other_key))
+        if ours != theirs:
+            raise ValueError(
+                f"{where}: {key} of its {type(network).__name__} is "
+                f"{ours}{TEXT_WIDTHS.get(ours, '')}, but {other_key} of the "
+                f"{type(other).__name__} {theirs}{TEXT_WIDTHS.get(theirs, '')}"
+            )
+    if type(unet.config.sample_size) is not int:
+        raise ValueError(f"{source}: sample_size is {unet.config.sample_size}, no number of cells")
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer has {len(tokenizer)} words, the text encoder "
             f"{text_encoder.config.vocab_size}"
         )
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError(f"{source}: a guidance-distilled (LCM) UNet gives no scores")
-    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
-        if unet.config[key] is not None:
-            raise ValueError(f"{source}: the UNet wants more than text ({key} {unet.config[key]})")
-
-
-def _check_controlnet(source: str, controlnet: ControlNetModel, unet: UNet2DConditionModel) -> None:
-    """Refuse a ControlNet made for another UNet; it would only fail inside the first step."""
-    widths = [network.config.cross_attention_dim for network in (controlnet, unet)]
-    if widths[0] != widths[1]:
-        ours, theirs = (f"{width}{TEXT_WIDTHS.get(width, '')}" for width in widths)
-        raise ValueError(
-            f"{source}: the ControlNet attends to text of width {ours}, the UNet to {theirs}"
-        )
-    for key in ("in_channels", "block_out_channels", "layers_per_block"):
-        ours, theirs = controlnet.config[key], unet.config[key]
-        if ours != theirs:
-            raise ValueError(f"{source}: the ControlNet's {key} is {ours}, the UNet's {theirs}")
-    channels = controlnet.config.conditioning_channels
-    if channels != 3:
-        raise ValueError(f"{source}: takes {channels} channels, a picture of depth has 3")
+    levels = len(vae.config.block_out_channels)
+    if controlnet is not None:
+        given = len(controlnet.config.conditioning_embedding_out_channels)
+        if given != levels:
+            raise ValueError(
+                f"{controlnet_source}: shrinks depth to 1 / {2 ** (given - 1)}, "
+                f"latents are 1 / {2 ** (levels - 1)} of an image"
+            )
 
 
 def _load_ip_adapter(
@@ -501,6 +532,7 @@ def _load_ip_adapter(
     with one_line_errors(folder, f"{subfolder}/{file}".lstrip("/")), quiet_loading():
         from diffusers.loaders import IPAdapterMixin  # Here, since its import logs warnings.
 
+        _check_adapter(fetch_weights(folder, subfolder, file), unet)
         loader = IPAdapterMixin()  # What pipelines inherit; of a pipeline it needs the UNet only.
         loader.unet = unet
         # Low memory use would leave weights that the file lacks empty instead of raising.
@@ -518,3 +550,17 @@ def _load_ip_adapter(
         if takes != gives:
             raise ValueError(f"takes embeddings of width {takes}, its encoder gives {gives}")
     return encoder
+
+
+def _check_adapter(file: str, unet: UNet2DConditionModel) -> None:
+    """Refuse an IP-Adapter of which diffusers would leave something out, or with NaNs."""
+    weights = load_state_dict(file)
+    if "ip_adapter" in weights:  # A .bin, which nests what a .safetensors names with a dot.
+        weights = {f"{part}.{key}": w for part, ws in weights.items() for key, w in ws.items()}
+    count = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
+    known = {f"ip_adapter.{2 * i + 1}.to_{side}_ip.weight" for i in range(count) for side in "kv"}
+    for key, weight in weights.items():
+        if not key.startswith("image_proj.") and key not in known:
+            raise ValueError(f"is of another kind or model: no place for {key}")
+        if not weight.isfinite().all():
+            raise ValueError(f"{key} is not finite")

@@ -22,6 +22,8 @@ from huggingface_hub import (
 )
 from tqdm import tqdm
 
+PART = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"  # Not \w, which knows more letters.
+HUB_ID = f"{PART}/{PART}"
 TIMEOUT = 20  # Of any wait for a server [s].
 CHUNK = 2**20  # Bytes read at once.
 MIRRORS = (
@@ -36,11 +38,11 @@ def fetch(name: str) -> Path:
     Raises:
         ValueError: the name is neither, or what it names cannot be had; one line.
     """
-    if re.match("https?://", name):
+    if re.match("https?://", name, re.IGNORECASE):
         return fetch_url(name)
-    part = r"\w[\w.-]{0,95}"
-    if match := re.fullmatch(rf"({part}/{part})/({part}(?:/{part})*)", name, re.ASCII):
+    if match := re.fullmatch(f"({HUB_ID})/({PART}(?:/{PART})*)", name):
         return fetch_hub_file(*match.groups())
+    name = " ".join(name.split())
     raise ValueError(f"{name}: no such file or run folder, and no hub id (user/repo/file) or URL")
 
 
@@ -74,9 +76,10 @@ def fetch_url(url: str) -> Path:
         ValueError: there is none and it cannot be downloaded.
     """
     try:
-        name = re.sub(r"[^\w.-]", "_", unquote(urlsplit(url).path).rsplit("/", 1)[-1])[-100:]
+        name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+        name = re.sub("[^A-Za-z0-9_.-]", "_", name)[-100:]
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
-        path = Path(constants.HF_HOME) / "gca3d" / key / (name or "file")
+        path = Path(constants.HF_HOME) / "gca3d" / f"{key}-{name}"
         if path.exists():
             return path
         if constants.HF_HUB_OFFLINE:
@@ -85,7 +88,9 @@ def fetch_url(url: str) -> Path:
         with urlopen(url, timeout=TIMEOUT) as response:
             save_response(response, path)
     except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded: {error}. {MIRRORS}") from error
+        shown = re.sub("//[^/@]*@", "//", url)  # Without a password.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shown} cannot be downloaded: {reason}. {MIRRORS}") from error
     return path
 
 

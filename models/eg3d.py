@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
+from models.cameras import FOCAL, FOCAL_CARS, CameraSetup, is_number
 from models.renderer import Decoder, RayOptions, evaluate_points, pixel_rays, render
 from models.stylegan2 import Generator, NoiseMode
 from models.superres import SuperResolution
@@ -31,6 +31,9 @@ EXTRAS = {
     "decoder_hidden": 64,
     "feature_channels": 32,
 }
+SIZES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
+MAX_SIZE = 2**20  # A guard against files.
+DICTS = ("mapping_kwargs", "rendering_kwargs", "sr_kwargs")
 MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
 
 
@@ -86,10 +89,18 @@ class TriPlaneGenerator(nn.Module):
             feature_channels: Channels rendered for super-resolution.
 
         Raises:
-            ValueError: rendering_kwargs or sr_kwargs that no EG3D configuration can have.
+            ValueError: arguments that no EG3D configuration can have.
         """
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        for name in (*SIZES, *EXTRAS):
+            if not (isinstance(arguments[name], int) and 1 <= arguments[name] <= MAX_SIZE):
+                raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {arguments[name]!r}")
+        for name in DICTS:
+            if not isinstance(arguments[name], dict | None):
+                raise ValueError(f"{name} must be a dict, got {arguments[name]!r}")
+        if conv_clamp is not None and not (is_number(conv_clamp) and conv_clamp > 0):
+            raise ValueError(f"conv_clamp must be positive or None, got {conv_clamp!r}")
         # Data for JSON; ours are left out where they equal EG3D's.
         self.init_kwargs = copy.deepcopy(
             {k: v for k, v in arguments.items() if k not in EXTRAS or v != EXTRAS[k]}
@@ -140,9 +151,10 @@ class TriPlaneGenerator(nn.Module):
         kwargs = self.rendering_kwargs
         faces = CameraSetup()
         radius = kwargs.get("avg_camera_radius", faces.radius)
+        pivot = kwargs.get("avg_camera_pivot", faces.pivot)
         return CameraSetup(
             radius=radius,
-            pivot=tuple(kwargs.get("avg_camera_pivot", faces.pivot)),
+            pivot=tuple(pivot) if isinstance(pivot, list) else pivot,
             focal=kwargs.get("camera_focal", FOCAL_CARS if radius == 1.7 else FOCAL),
             yaw_range=kwargs.get("camera_yaw_range", faces.yaw_range),
             pitch_range=kwargs.get("camera_pitch_range", faces.pitch_range),

@@ -1,12 +1,13 @@
 """LoRA: small changes of a Stable Diffusion's weights, added to them for good.
 
-Files are in kohya's or diffusers' format and read as diffusers reads them, with the package peft.
+Files are in kohya's or diffusers' format. diffusers translates their names; the sum is ours, since
+ranks and scales may differ from layer to layer.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import load_state_dict
 from diffusers.utils import (
@@ -14,21 +15,19 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from huggingface_hub import hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from models.pretrained import find_weights, one_line_errors, quiet_loading
+from models.pretrained import fetch_weights, find_weights, one_line_errors, quiet_loading
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # The usual one of several in a folder.
+SIDES = (".lora_A.weight", ".lora_B.weight")
 
 
 def fuse_lora(
     source: str | Path, scale: float, unet: UNet2DConditionModel, text_encoder: CLIPTextModel
 ) -> None:
-    """Add a LoRA to the weights of a UNet and a text encoder, which stay plain networks.
-
-    An IP-Adapter is to be loaded after it, so that neither meets the other's layers.
+    """Add a LoRA to the weights of a UNet and a text encoder.
 
     Args:
         source: File, folder or hub id (user/repo or user/repo/file).
@@ -37,61 +36,88 @@ def fuse_lora(
     Raises:
         ValueError: it cannot be found or read, or was not made for these networks; one line.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{source}: to read a LoRA, install peft: pip install peft")
     root, subfolder, name = find_weights(source, "", "*", LORA_FILE)
     with one_line_errors(root, os.path.join(subfolder, name)), quiet_loading():
         from diffusers.loaders import StableDiffusionLoraLoaderMixin  # Its import logs warnings.
 
-        file = os.path.join(root, name)
-        if not os.path.isdir(root):
-            file = hf_hub_download(root, name, subfolder=subfolder or None)
-        if any("dora_scale" in key for key in load_state_dict(file)):
-            raise ValueError("is a DoRA in kohya's format, whose scales diffusers leaves out")
-        loader = StableDiffusionLoraLoaderMixin()  # What pipelines inherit.
-        weights, alphas, metadata = loader.lora_state_dict(file, return_lora_metadata=True)
-        _check_fit(weights, unet, text_encoder)
-        loader.load_lora_into_unet(weights, alphas, unet, metadata=metadata)
-        loader.load_lora_into_text_encoder(weights, alphas, text_encoder, metadata=metadata)
-        loader.unet, loader.text_encoder = unet, text_encoder
-        loader.fuse_lora(lora_scale=scale, safe_fusing=True)
-        loader.unload_lora_weights()
+        file = fetch_weights(root, subfolder, name)
+        if any("dora_scale" in key or "magnitude" in key for key in load_state_dict(file)):
+            raise ValueError("is a DoRA, which scales weights too; only LoRA is supported")
+        weights, alphas, header = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            file, return_lora_metadata=True
+        )
+        names = _peft_names(weights)
+        for layer_name, layer in _find_layers(names, unet, text_encoder).items():
+            down, up = (weights[names[layer_name + side]].float() for side in SIDES)
+            change = _change(layer_name, layer.weight, down, up)
+            # By kohya's names, those of diffusers' attention processors ending in another way.
+            alpha = (alphas or {}).get(names[layer_name + SIDES[0]].split(".lora.")[0] + ".alpha")
+            if alpha is None:
+                alpha = _header_alpha(layer_name, len(down), header or {})
+            with torch.no_grad():
+                layer.weight.copy_(layer.weight.float() + scale * alpha / len(down) * change)
+            if not layer.weight.isfinite().all():
+                raise ValueError(f"makes NaNs or infinities of {layer_name}")
 
 
-def _check_fit(
-    weights: dict[str, Tensor], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
-) -> None:
-    """Refuse weights that fit no layer: diffusers would pass over some of them with a warning."""
-    layers = {f"unet.{name}": layer for name, layer in unet.named_modules()}
-    for name, layer in text_encoder.named_modules():
-        # Files have the prefix that transformers' own names had once.
-        layers[f"text_encoder.{name}"] = layers[f"text_encoder.text_model.{name}"] = layer
-
-    for key, weight in _peft_names(weights).items():
-        layer_name, _, side = key.partition(".lora_")
-        if layer_name not in layers:
-            raise ValueError(f"is of another model: no layer for {key}")
-        shape = layers[layer_name].weight.shape
-        # A is [r, in, ...]; B is [out, r, ...], and what there may be besides is [out].
-        ours, theirs = (weight.shape[1:], shape[1:]) if side[0] == "A" else (len(weight), shape[0])
-        if ours != theirs:
-            shapes = f"{list(weight.shape)}, the layer's weight {list(shape)}"
-            raise ValueError(f"is of another model: {key} is {shapes}")
-
-
-def _peft_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights under the names <network>.<layer>.lora_{A, B}.weight, each with both sides."""
-    of_unet = {key: value for key, value in weights.items() if key.startswith("unet.")}
-    of_text = {key: value for key, value in weights.items() if key.startswith("text_encoder.")}
+def _peft_names(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Return {<network>.<layer>.lora_{A, B}.weight: the weight's key}, both sides of each layer."""
+    of_unet = {key: key for key in weights if key.startswith("unet.")}
+    of_text = {key: key for key in weights if key.startswith("text_encoder.")}
     others = weights.keys() - of_unet.keys() - of_text.keys()
     if others:
         raise ValueError(f"is of another model: no layer for {min(others)}")
-    named = convert_unet_state_dict_to_peft(of_unet)
+    names = convert_unet_state_dict_to_peft(of_unet)
     if of_text:
-        named |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(of_text))
-    a, b = ({key.split(s)[0] for key in named if s in key} for s in (".lora_A.", ".lora_B."))
+        names |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(of_text))
+    unknown = [name for name in names if not name.endswith(SIDES)]
+    if unknown:
+        raise ValueError(f"holds more than LoRA weights: {min(unknown)}")
+    a, b = ({name.removesuffix(s) for name in names if name.endswith(s)} for s in SIDES)
     if a != b:
         raise ValueError(f"lacks half of the weights for {min(a ^ b)}")
     if not a:
         raise ValueError("holds no LoRA weights")
-    return named
+    return names
+
+
+def _find_layers(
+    names: dict[str, str], unet: UNet2DConditionModel, text_encoder: CLIPTextModel
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that weights of these names belong to, by <network>.<layer>."""
+    layers = {f"unet.{name}": layer for name, layer in unet.named_modules()}
+    for name, layer in text_encoder.named_modules():
+        # Files have the prefix that transformers' own names had once.
+        layers[f"text_encoder.{name}"] = layers[f"text_encoder.text_model.{name}"] = layer
+    found = {}
+    for name in names:
+        layer_name = name.partition(".lora_")[0]
+        found[layer_name] = layers.get(layer_name)
+        if not isinstance(found[layer_name], nn.Linear | nn.Conv2d):
+            raise ValueError(f"is of another model: no layer for {name}")
+    return found
+
+
+def _change(name: str, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return up times down in the shape of a layer's weight [out, in, ...].
+
+    `down` is [rank, in, ...], `up` [out, rank, ...] with nothing but ones at the end.
+    """
+    ours = (down.shape[1:], up.flatten(1).shape)
+    if ours != (weight.shape[1:], (len(weight), len(down))):
+        raise ValueError(
+            f"is of another model: {name}.lora_A.weight is {list(down.shape)}, "
+            f"lora_B.weight {list(up.shape)}, the layer's weight {list(weight.shape)}"
+        )
+    return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+
+
+def _header_alpha(layer_name: str, rank: int, header: dict) -> float:
+    """Return a layer's alpha by the header of diffusers' files; without one it is the rank."""
+    part, _, layer = layer_name.partition(".")
+    if header.get(f"{part}.use_rslora") or header.get(f"{part}.use_dora"):
+        raise ValueError("is a DoRA or rank-stabilised; only plain LoRA is supported")
+    for pattern, alpha in header.get(f"{part}.alpha_pattern", {}).items():
+        if f".{layer}".endswith(f".{pattern}"):
+            return alpha
+    return header.get(f"{part}.lora_alpha", rank)

@@ -5,8 +5,9 @@ tensors by state-dict key, float32. A .pkl holds the whole training state of a G
 counts; a state dict holds no configuration, so its shapes must be a released network's.
 """
 
-import pickle
+import itertools
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ FOREGROUND_DEPTH = 2.85  # Heads end before it, the background of faces and cats
 FACE_RAYS = {"ray_start": 2.25, "ray_end": 3.3}
 MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
 MAX_NAME = 200  # Letters in a state-dict key.
-MAX_SETTINGS = 100  # Entries of a dict of settings.
-MAX_ENTRIES = 16  # Of a list of settings.
+MAX_SETTINGS = 300  # Numbers, strings and what holds them; EG3D has some 80.
+MAX_STORAGE = 10_000  # Bytes of a tensor among the settings.
 
 RENDERING = {
     "clamp_mode": "softplus",
@@ -95,14 +96,21 @@ def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
             released network; the message names no file.
     """
     try:
+        if zipfile.is_zipfile(path):
+            records = zipfile.ZipFile(path).infolist()
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                raise ValueError("compressed")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # Whose message is advice on how to execute the code.
-        raise ValueError("it holds more than tensors and numbers, or is damaged") from error
+    # The libraries raise a dozen types, some with advice on how to execute what is in the file.
+    except Exception as error:
+        reason = "it is damaged, compressed, or holds more than tensors and numbers"
+        raise ValueError(reason) from error
     for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
         if isinstance(content, dict):
             content = content.get(wrapper, content)
-    if not (isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())):
-        raise ValueError("it holds no state dict")
+    if not (isinstance(content, dict) and all(map(is_weight, content, content.values()))):
+        raise ValueError("it holds no state dict of real numbers")
+    content = {name.removeprefix("module."): value for name, value in content.items()}
 
     faces = "afhqcats512-128" if "afhq" in path.name.lower() else "ffhq512-128"
     name = recognise(content, (faces, "shapenetcars128-64"))
@@ -145,24 +153,23 @@ def describe(G: Inert) -> dict:
     state = entries(G.state)
     arguments = state.get("_init_args")
     arguments = arguments if type(arguments) is tuple else ()
-    init_kwargs = plain(dict(zip(POSITIONAL, arguments, strict=False)))
-    init_kwargs |= plain(state.get("_init_kwargs"))
+    named = dict(zip(POSITIONAL, arguments, strict=False))
+    init_kwargs = plain(named | entries(state.get("_init_kwargs")))
     for argument, value in HARMLESS.items():
         if init_kwargs.get(argument) == value:
             del init_kwargs[argument]
     # Training changes the generator's own rendering_kwargs, not those it was built with.
-    rendering_kwargs = plain(state.get("rendering_kwargs")) or init_kwargs.get(
-        "rendering_kwargs", {}
-    )
-    renderer = entries(state["_modules"]).get("renderer")
-    axes = entries(renderer.state).get("plane_axes") if type(renderer) is Inert else None
-    if type(axes) is Stored and axes.size != (3, 3, 3):
-        raise ValueError("its plane_axes are not three 3 x 3 matrices")
+    rendering_kwargs = plain(entries(state.get("rendering_kwargs")))
+    modules = entries(state["_modules"]).values()
+    children = [entries(module.state) for module in modules if type(module) is Inert]
+    axes = [child["plane_axes"] for child in children if "plane_axes" in child]  # The renderer's.
     return {
         "init_kwargs": init_kwargs,
-        "rendering_kwargs": with_foreground(rendering_kwargs),
-        "neural_rendering_resolution": state.get("neural_rendering_resolution", 64),
-        "plane_axes": axes.load().tolist() if type(axes) is Stored else PLANE_AXES,
+        "rendering_kwargs": with_foreground(
+            rendering_kwargs or entries(init_kwargs.get("rendering_kwargs"))
+        ),
+        "neural_rendering_resolution": plain(state.get("neural_rendering_resolution", 64)),
+        "plane_axes": plain(axes[0] if axes else PLANE_AXES),
     }
 
 
@@ -207,28 +214,44 @@ def entries(value: Any) -> dict[str, Any]:
     return value if type(value) is dict else {}
 
 
-def plain(settings: Any, depth: int = 2) -> dict[str, Any]:
-    """Return pickled settings as JSON knows them; what it does not know is left out.
+def plain(value: Any, count: Iterator[int] | None = None) -> Any:
+    """Return a pickled setting as JSON knows it; small tensors become numbers or lists.
+
+    Other objects become the names of their classes, which no check of a setting in use lets pass.
+    Numbers keep seven digits, so that a 1.7 that was in single precision is 1.7 again.
 
     Args:
-        settings: The dict.
-        depth: How many dicts may be nested.
+        value: The setting, or a dict of them.
+        count: Counts what is in it, since a small file can nest and repeat it without end.
 
     Raises:
-        ValueError: there are too many.
+        ValueError: there is too much in it.
     """
-    settings, kept = entries(settings), {}
-    if len(settings) > MAX_SETTINGS:
+    count = count or itertools.count()
+    if next(count) >= MAX_SETTINGS:
         raise ValueError("it has more settings than a generator can have")
-    for name, value in settings.items():
-        if type(value) in SCALARS:
-            kept[name] = value
-        elif type(value) in (list, tuple) and len(value) <= MAX_ENTRIES:
-            if all(type(entry) in SCALARS for entry in value):
-                kept[name] = list(value)
-        elif depth > 1 and type(value) in (dict, Inert):
-            kept[name] = plain(value, depth - 1)
-    return kept
+    if type(value) is Stored and is_small(value):
+        value = value.load().tolist()
+    if type(value) is Inert:
+        value = value.items if value.name.endswith("Dict") else value.name
+    if type(value) is float:
+        return float(f"{value:.7g}")
+    if type(value) in (list, tuple):
+        return [plain(entry, count) for entry in value]
+    if type(value) is dict:
+        return {name: plain(entry, count) for name, entry in value.items()}
+    return value if type(value) in SCALARS else type(value).__name__
+
+
+def is_small(tensor: Stored) -> bool:
+    """Whether a tensor can be loaded in no time."""
+    return type(tensor.storage) is memoryview and len(tensor.storage) <= MAX_STORAGE
+
+
+def is_weight(name: Any, value: Any) -> bool:
+    """Whether an entry of a state dict is one: real numbers under a name, in memory."""
+    real = isinstance(value, Tensor) and value.is_floating_point()
+    return type(name) is str and real and (value.layout, value.is_meta) == (torch.strided, False)
 
 
 def released_arguments(img_resolution: int) -> dict[str, Any]:

@@ -236,6 +236,7 @@ OPCODES: dict[bytes, Callable[[Machine], object]] = {
     pickle.BININT1: lambda m: m.push(m.number("<B")),
     pickle.BININT2: lambda m: m.push(m.number("<H")),
     pickle.LONG1: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
+    pickle.LONG4: lambda m: m.push(m.take(m.number("<i"))),  # Nobody needs the number.
     pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
     pickle.SHORT_BINUNICODE: lambda m: m.push(m.text("<B")),
     pickle.BINUNICODE: lambda m: m.push(m.text("<I")),
@@ -243,6 +244,7 @@ OPCODES: dict[bytes, Callable[[Machine], object]] = {
     pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number("<B"))),
     pickle.BINBYTES: lambda m: m.push(m.take(m.number("<I"))),
     pickle.BINBYTES8: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.BYTEARRAY8: lambda m: m.push(m.take(m.number("<Q"))),
     pickle.EMPTY_DICT: lambda m: m.push({}),
     pickle.EMPTY_LIST: lambda m: m.push([]),
     pickle.EMPTY_SET: lambda m: m.push([]),
@@ -277,7 +279,10 @@ OPCODES: dict[bytes, Callable[[Machine], object]] = {
 
 def _persistent_object(meta: dict) -> Inert:
     """Return an object of EG3D's code, which it carries along as source text: that stays text."""
-    return Inert(meta["class_name"], state=meta["state"])
+    name = meta["class_name"]
+    if type(name) is not str or len(name) > MAX_NAME:
+        raise ValueError("it has an object whose class's name is no name")
+    return Inert(name, state=meta["state"])
 
 
 def _numpy_scalar(dtype: Inert, data: memoryview) -> float | int | bool | None:
@@ -304,6 +309,8 @@ CALLS: dict[str, Callable] = {
     "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
     "numpy.core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy._core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
+    "numpy.core.numeric._frombuffer": lambda *args: Inert("numpy.ndarray", args),
+    "numpy._core.numeric._frombuffer": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
 }

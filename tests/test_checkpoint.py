@@ -180,6 +180,17 @@ def other_axes(path, saved):
     return tampered(path, saved, plane_axes="[1, 2, 3]")
 
 
+def singular_axes(path, saved):
+    return tampered(path, saved, plane_axes=json.dumps(torch.ones(3, 3, 3).tolist()))
+
+
+def nan_weight(path, saved):
+    tensors = load_file(saved)
+    tensors["decoder.net.0.bias"][0] = torch.nan
+    save_file(tensors, path / "nan.safetensors", metadata(saved))
+    return path / "nan.safetensors"
+
+
 def no_pixels(path, saved):
     return tampered(path, saved, neural_rendering_resolution="-3")
 
@@ -222,6 +233,8 @@ def overlong_name(*_):
         broken_json,
         strange_axes,
         other_axes,
+        singular_axes,
+        nan_weight,
         no_pixels,
         unknown_cameras,
         pivot_in_a_plane,

@@ -1,12 +1,10 @@
 """The diffusion prior on tiny diffusers folders: what it computes and what it refuses to load."""
 
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import diffusers
@@ -19,7 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
 )
 from safetensors.torch import load_file, save_file
-from tiny_prior import build_prior, build_sd2, build_taesd, write_lora
+from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lora
 
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
@@ -87,16 +85,13 @@ def predict(prior, condition, depth=None):
 # What it computes.
 
 
-def pipeline_step(folder, controlnet, depth, adapter=None, lora=None):
+def pipeline_step(folder, controlnet, depth, adapter=None):
     """What the UNet sees and gives in the first step of diffusers' own pipeline."""
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         folder, controlnet=controlnet, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
     options = {}
-    if lora:
-        pipeline.load_lora_weights(lora, adapter_name="style")
-        pipeline.set_adapters("style", 0.7)
     if adapter:
         pipeline.load_ip_adapter(folder / "ip_adapter", subfolder="models", weight_name=adapter)
         pipeline.set_ip_adapter_scale(0.6)
@@ -417,10 +412,8 @@ def test_parts_named_explicitly_win_over_those_beside_the_model(folder, prior, t
 def test_loading_is_silent_and_never_looks_for_a_network(
     folder, taesd_folder, tmp_path, monkeypatch, capfd, caplog, recwarn
 ):
-    options = {"vae": taesd_folder}
-    if importlib.util.find_spec("peft"):
-        write_lora(tmp_path / "style.safetensors", folder)
-        options["lora"] = tmp_path
+    write_lora(tmp_path / "style.safetensors", folder)
+    options = {"vae": taesd_folder, "lora": tmp_path}
     calls = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: calls.append(args))
     for library in ("diffusers", "transformers"):  # Their loggers do not propagate.
@@ -513,6 +506,10 @@ def replace(target, source):
     shutil.copytree(source, target)
 
 
+def edit_weights(path, change):
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
 DAMAGES = {
     "no_pipeline": (lambda d: (d / "model_index.json").unlink(), "model_index.json"),
     "no_unet": (lambda d: shutil.rmtree(d / "unet"), "unet"),
@@ -553,6 +550,47 @@ DAMAGES = {
     "truncated": (
         lambda d: (d / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x08\0\0\0"),
         "vae",
+    ),
+    "fewer_layers_than_weights": (
+        lambda d: edit_json(d / "text_encoder/config.json", num_hidden_layers=1),
+        "leaves out",
+    ),
+    "no_middle": (lambda d: edit_json(d / "unet/config.json", mid_block_type=None), "mid_block"),
+    "fewer_layers_of_the_image_encoder": (
+        lambda d: edit_json(d / "ip_adapter/models/image_encoder/config.json", num_hidden_layers=1),
+        "leaves out",
+    ),
+    "surplus_weight": (
+        lambda d: edit_weights(
+            d / "vae/diffusion_pytorch_model.safetensors",
+            lambda s: s | {"encoder.extra.weight": torch.ones(1)},
+        ),
+        "encoder.extra.weight",
+    ),
+    "surplus_adapter_weight": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: s | {"ip_adapter.99.to_k_ip.weight": torch.ones(1)},
+        ),
+        "no place for ip_adapter.99",
+    ),
+    "nan_adapter": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: {key: value * torch.nan for key, value in s.items()},
+        ),
+        "is not finite",
+    ),
+    "sizes": (lambda d: edit_json(d / "unet/config.json", sample_size=[8, 8]), "sample_size"),
+    "no_size": (lambda d: edit_json(d / "unet/config.json", sample_size=None), "sample_size"),
+    "no_index": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json"),
+    "xl": (
+        lambda d: edit_json(d / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "XL",
+    ),
+    "nan_schedule": (
+        lambda d: edit_json(d / "scheduler/scheduler_config.json", beta_start=float("nan")),
+        "not finite",
     ),
     "misshapen": (lambda d: edit_json(d / "vae/config.json", latent_channels=8), "vae"),
     "class_labels": (
@@ -602,14 +640,36 @@ def test_parts_of_different_attention_widths_are_refused(part, folder, copy, tmp
     assert "\n" not in str(caught.value)
 
 
+def test_other_tower_and_positions_in_a_file_of_clip_do_no_harm(copy, tmp_path):
+    clip = build_clip(tmp_path / "clip")
+    positions = {
+        f"{part}_model.embeddings.position_ids": torch.ones(1) for part in ("text", "vision")
+    }
+    edit_weights(clip / "model.safetensors", lambda s: s | positions)
+    replace(copy / "text_encoder", clip)
+    replace(copy / "ip_adapter/models/image_encoder", clip)
+    DiffusionPrior.from_pretrained(copy)
+
+
 def test_adapters_of_version_1_are_refused_beside_version_2(folder, sd2_folder):
-    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* width 32, the UNet to 48"):
+    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* is 32, but .* 48"):
         DiffusionPrior.from_pretrained(sd2_folder, controlnet=folder / "controlnet")
     with pytest.raises(ValueError, match=f"^{folder}/ip_adapter/models/.*48"):
         DiffusionPrior.from_pretrained(sd2_folder, ip_adapter=folder / "ip_adapter")
 
 
-@pytest.mark.parametrize(("key", "value"), [("conditioning_channels", 1), ("layers_per_block", 2)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("conditioning_channels", 1),
+        ("layers_per_block", 2),
+        ("conditioning_embedding_out_channels", [16, 32, 96]),
+        ("class_embed_type", "timestep"),
+        ("addition_embed_type", "text"),
+        ("global_pool_conditions", True),
+        ("controlnet_conditioning_channel_order", "bgr"),
+    ],
+)
 def test_controlnet_of_another_build_is_refused(key, value, folder, copy):
     config = copy / "controlnet/config.json"
     options = json.loads(config.read_text()) | {key: value}
@@ -659,7 +719,8 @@ def test_vae_that_is_none_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["no/such/folder", "nowhere", "/no/folder", "x" * 300, f"x/{'y' * 300}"]
+    "source",
+    ["no/such/folder", "nowhere", "../nothing", "a/..", "/no/folder", "x" * 300, f"x/{'y' * 300}"],
 )
 def test_source_that_is_neither_folder_nor_hub_id_is_refused(source):
     with pytest.raises(ValueError, match="neither a folder nor a hub id"):
@@ -671,13 +732,11 @@ def test_source_that_is_neither_folder_nor_hub_id_is_refused(source):
     [("ip_adapter", "nowhere"), ("ip_adapter", "/no/adapter.bin"), ("lora", "x" * 300)],
 )
 def test_weights_that_are_nowhere_are_refused_by_name(kind, source, folder):
-    pytest.importorskip("peft")
     with pytest.raises(ValueError, match=f"^{source} is neither a file, a folder nor a hub id"):
         DiffusionPrior.from_pretrained(folder, **{kind: source})
 
 
 def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
-    pytest.importorskip("peft")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     sources = dict.fromkeys(["source", "controlnet", "ip_adapter", "vae"], "no-user/no-model")
     sources["lora"] = "no-user/no-model/loras/style.safetensors"
@@ -692,7 +751,6 @@ def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
 
 @pytest.fixture
 def lora(folder, tmp_path):
-    pytest.importorskip("peft")
     write_lora(tmp_path / "style.safetensors", folder)
     return tmp_path / "style.safetensors"
 
@@ -709,7 +767,6 @@ def lora(folder, tmp_path):
 def test_lora_is_added_to_the_weights_it_names_and_to_no_other(
     layout, file, folder, prior, tmp_path
 ):
-    pytest.importorskip("peft")
     changes = write_lora(tmp_path / file, folder, layout)
     assert len(changes) >= 6
     styled = DiffusionPrior.from_pretrained(folder, lora=tmp_path, lora_scale=0.7)
@@ -720,17 +777,6 @@ def test_lora_is_added_to_the_weights_it_names_and_to_no_other(
             change = 0.7 * changes.get(f"{part}.{key}", torch.zeros(()))
             torch.testing.assert_close(ours[key], weight + change, msg=key)
         assert not any(p.requires_grad for p in getattr(styled, part).parameters())
-
-
-def test_guided_noise_with_a_lora_is_that_of_the_diffusers_pipeline(folder, lora):
-    styled = DiffusionPrior.from_pretrained(folder, lora=lora, lora_scale=0.7)
-    depth = torch.rand(1, 3, 64, 64)
-    latents_t, t, (nothing, given) = pipeline_step(
-        folder, styled.controlnet, depth, "ip-adapter_sd15.safetensors", lora
-    )
-    condition = styled.condition("a bronze statue", picture(), 0.6, depth_scale=0.7)
-    ours = guided_noise(styled, latents_t, t, condition, 7.5, depth)
-    torch.testing.assert_close(ours, nothing + 7.5 * (given - nothing), atol=1e-5, rtol=1e-4)
 
 
 def test_lora_of_weight_zero_changes_nothing(folder, prior, lora):
@@ -754,6 +800,7 @@ def rename(state, old, new):
     return {key.replace(old, new): value for key, value in state.items()}
 
 
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 SDXL = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
 MISFITS = {
     "no layer": (lambda s: rename(s, "mid_block", "end_block"), "no layer for unet.end_block"),
@@ -765,10 +812,17 @@ MISFITS = {
     ),
     "one side": (lambda s: {k: v for k, v in s.items() if "conv1.lora_B" not in k}, "lacks half"),
     "no number": (lambda s: {k: v * torch.nan for k, v in s.items()}, "NaNs"),
-    "whole weights": (lambda s: {"unet.conv_in.weight": torch.zeros(2)}, "no LoRA weights"),
-    "magnitudes": (
-        lambda s: {"lora_unet_conv_in.dora_scale": torch.ones(1)},
+    "whole weights": (lambda s: {"unet.conv_in.weight": torch.zeros(2)}, "more than LoRA"),
+    "magnitudes": (lambda s: {"lora_unet_conv_in.dora_scale": torch.ones(1)}, "DoRA"),
+    "peft's magnitudes": (
+        lambda s: s | {f"{TO_Q}.lora_magnitude_vector": torch.ones(32)},
         "DoRA",
+    ),
+    "biases": (lambda s: s | {f"{TO_Q}.lora_B.bias": torch.ones(32)}, "lora_B.bias"),
+    "no weight": (lambda s: rename(s, TO_Q, "unet.mid_block"), "no layer for unet.mid_block.lora"),
+    "ranks": (
+        lambda s: s | {f"{TO_Q}.lora_B.weight": torch.ones(32, 7)},
+        "lora_B.weight [32, 7]",
     ),
     "another format": (lambda s: {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "hada_w1_a"),
 }
@@ -792,12 +846,6 @@ def test_one_of_several_loras_in_a_folder_must_be_named(folder, lora):
         DiffusionPrior.from_pretrained(folder, lora=lora.parent)
     lora.rename(lora.with_name("pytorch_lora_weights.safetensors"))
     DiffusionPrior.from_pretrained(folder, lora=lora.parent)
-
-
-def test_lora_without_peft_is_refused_with_a_hint(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match="^style.bin: .*pip install peft"):
-        DiffusionPrior.from_pretrained(folder, lora="style.bin")
 
 
 def test_deleted_stable_diffusion_is_refused_with_the_living_ones(monkeypatch):

@@ -94,11 +94,27 @@ def test_url_is_downloaded_once_and_with_a_bar(server, pickled, offline, cache, 
     server.files["/a/my%20heads.pkl?dl=1"] = (200, {}, pickled)
     url = f"{server.url}/a/my%20heads.pkl?dl=1"
     assert is_tiny(load_generator(url))
-    assert "my_heads.pkl: 100%" in capsys.readouterr().err
+    assert "-my_heads.pkl: 100%" in capsys.readouterr().err
     offline()
     assert is_tiny(load_generator(url))
     assert server.log == ["GET /a/my%20heads.pkl?dl=1"]
-    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["my_heads.pkl"]
+    assert [path.name[16:] for path in (cache / "gca3d").iterdir()] == ["-my_heads.pkl"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/files?redirect=true&path=x.pkl", "/uc?id=1", "/%2e%2e", "/", "/" + "%E5%A4%B4" * 90]
+)
+def test_url_without_a_name_is_read_by_its_content(server, pickled, path, cache):
+    server.files[path] = (200, {}, pickled)
+    assert is_tiny(load_generator(server.url + path))
+    assert len([*(cache / "gca3d").iterdir()]) == 1
+
+
+def test_refusals_are_one_line_and_tell_no_password(server):
+    server.files["/loop.pkl"] = (302, {"Location": "/loop.pkl"}, b"")
+    assert "infinite loop" in refusal(f"{server.url}/loop.pkl")
+    assert "secret" not in refusal("http://me:secret@127.0.0.1:1/g.pkl")
+    assert refusal("a\nb").startswith("a b: no such file")
 
 
 def test_equal_names_at_two_urls_are_two_files(server):
@@ -124,7 +140,7 @@ def test_equal_names_at_two_urls_are_two_files(server):
 def test_failed_download_leaves_nothing(server, cache, answer, reason):
     server.files["/g.pkl"] = answer
     assert reason in refusal(f"{server.url}/g.pkl")
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert [*cache.rglob("*")] == [cache / "gca3d"]
     assert server.log == ["GET /g.pkl"]
 
 
@@ -154,7 +170,9 @@ def test_url_is_not_asked_for_offline(server, offline):
 
 def test_what_is_downloaded_is_checked_like_any_file(server):
     server.files["/g.pkl"] = (200, {}, b"noise" * 100)
-    assert "g.pkl holds no usable generator: it is no pickle" in refusal(f"{server.url}/g.pkl")
+    line = refusal(f"{server.url}/g.pkl")
+    assert "-g.pkl holds no usable generator: it is neither" in line
+    assert line.endswith("delete it to download it again")
 
 
 # Hub ids.
@@ -224,7 +242,17 @@ def test_unreachable_hub_is_not_asked_again_and_again(monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     "source",
-    ["", "g.pkl", "repo/g.pkl", "user/../g.pkl", "a/b/../c.pkl", "a/b/", "/a/b/c", "x" * 300],
+    [
+        "",
+        "g.pkl",
+        "repo/g.pkl",
+        "ü/b/c",
+        "user/../g.pkl",
+        "a/b/../c.pkl",
+        "a/b/",
+        "/a/b/c",
+        "x" * 300,
+    ],
 )
 def test_other_names_are_no_hub_ids(server, source):
     assert refusal(source).startswith(f"{source}: no such file or run folder, and no hub id")

@@ -8,7 +8,9 @@ import resource
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from unittest import mock
 
@@ -16,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from official_pickle import EasyDict, Persistent, content_of, pack, write_pickle
+from tiny_generator import RENDERING_KWARGS
 from tiny_run import build_generator
 from torch import nn
 
 import convert
-from models.checkpoint import load_generator
+from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle
 from models.pickles import OPCODES, read_pickle
@@ -106,14 +109,16 @@ def test_numpy_numbers_have_an_old_and_a_new_name(home):
     class Pickler(pickle.Pickler):
         def reducer_override(self, thing):
             if isinstance(thing, np.generic):
-                return scalar, (thing.dtype, thing.tobytes())
+                dtype = np.dtype(">f8") if thing == 1.5 else thing.dtype
+                return scalar, (dtype, np.array(thing, dtype).tobytes())
             return NotImplemented
 
     scalar.__module__, scalar.__qualname__ = home, "scalar"
     numbers = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.bool_(True), np.uint8(200)]
+    numbers.append(np.float64(1.5))  # Written with its bytes in the other order.
     with mock.patch.dict(sys.modules, {home: mock.Mock(scalar=scalar)}), open("n", "wb") as file:
         Pickler(file, 4).dump(numbers)
-    assert read_pickle(Path("n")) == [0.1, 0.5, -3, True, 200]
+    assert read_pickle(Path("n")) == [0.1, 0.5, -3, True, 200, 1.5]
 
 
 def test_strange_objects_of_forks_are_left_alone():
@@ -122,13 +127,14 @@ def test_strange_objects_of_forks_are_left_alone():
 
     Fork.__module__, Fork.__qualname__ = "training.fork", "Fork"
     fork = Fork()
-    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3)}
+    fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3), "y": 1 << 3000}
     content = content_of(build_generator())
     content["training_set_kwargs"].fork = fork
     content["G_ema"].__dict__["fork"] = content["G_ema"].rendering_kwargs["fork"] = [fork]
     with mock.patch.dict(sys.modules, {"training.fork": mock.Mock(Fork=Fork)}):
-        path = write(content)
-    assert "fork" not in load_generator(path).rendering_kwargs
+        paths = [write(content, f"{protocol}.pkl", protocol=protocol) for protocol in (4, 5)]
+    for path in paths:
+        assert load_generator(path).rendering_kwargs["fork"] == ["training.fork.Fork"]
 
 
 def test_other_memory_layouts_and_precisions_are_read():
@@ -139,6 +145,60 @@ def test_other_memory_layouts_and_precisions_are_read():
     weight = load_generator(write(content)).superresolution.block1.conv1.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert torch.equal(weight, expected)
+
+
+STORED_SETTINGS = {
+    "c_scale": (torch.tensor(0.5), 0.5),
+    "avg_camera_radius": (torch.tensor(1.7), 1.7),
+    "ray_end": (np.float32(3.3), 3.3),
+    "avg_camera_pivot": (torch.tensor([0, 0, -0.06]), [0, 0, -0.06]),
+    "c_gen_conditioning_zero": (torch.tensor(True), True),
+    "depth_resolution": (torch.tensor(8), 8),
+    "box_warp": (nn.Parameter(torch.tensor([1.5, 2.5])[1]), 2.5),
+}
+
+
+@pytest.mark.parametrize("name", STORED_SETTINGS)
+def test_setting_that_is_a_small_tensor_is_its_number(name):
+    given, expected = STORED_SETTINGS[name]
+    assert load_generator(write(with_settings(**{name: given}))).rendering_kwargs[name] == expected
+
+
+def test_argument_that_is_a_small_tensor_is_its_number():
+    content = with_arguments(conv_clamp=torch.tensor(256.0), num_fp16_res=np.int64(2))
+    content["G_ema"].neural_rendering_resolution = torch.tensor(16)
+    loaded = load_generator(write(content))
+    assert loaded.init_kwargs["conv_clamp"] == 256 and loaded.init_kwargs["num_fp16_res"] == 2
+    assert loaded.neural_rendering_resolution == 16
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "renamed"])
+def test_axes_are_found_in_whatever_form_and_child(kind):
+    axes = build_generator().plane_axes.flip(0)
+    content = with_axes(axes.tolist() if kind == "list" else axes)
+    modules = content["G_ema"]._modules
+    if kind == "renamed":
+        modules["volume_renderer"] = modules.pop("renderer")
+    assert torch.equal(load_generator(write(content)).plane_axes, axes)
+
+
+def test_small_storages_of_every_type_are_read():
+    dtypes = ["float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8"]
+    values = [torch.tensor([1, 2.5, 100]).to(getattr(torch, dtype)) for dtype in dtypes]
+    values += [torch.tensor([1, 2, 200], dtype=torch.uint8), torch.tensor([True, False])]
+    write(values)
+    for value, stored in zip(values, read_pickle(Path("g.pkl")), strict=True):
+        assert stored.load().dtype == value.dtype and torch.equal(stored.load(), value)
+
+
+def test_loading_leaves_the_random_numbers_alone_and_draws_none():
+    path = write()
+    before = torch.get_rng_state()
+    load_generator(path)
+    with torch.device("meta"):
+        G = TriPlaneGenerator(**read_keys("full")["init_kwargs"])
+    assert all(value.is_meta for value in G.state_dict().values())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +243,7 @@ def state_dict(name):
 def test_state_dict_is_taken_for_a_released_network(capsys, keys, file, resolution):
     state = state_dict(keys)
     del state["dataset_label_std"]
-    torch.save({"G_ema": state}, file)
+    torch.save({"G_ema": {f"module.{key}": value for key, value in state.items()}}, file)
     loaded = load_generator(file)
     assert loaded.neural_rendering_resolution == resolution
     released = read_keys(keys)["init_kwargs"]["rendering_kwargs"]
@@ -200,13 +260,64 @@ def test_state_dict_of_another_network_is_refused():
         load_generator("g.pth")
 
 
-@pytest.mark.parametrize("content", [{"w": 1}, [1], torch.ones(2), {"G_ema": {"G": 3}}, "code"])
-def test_other_content_is_no_state_dict(content):
-    if content == "code":
-        content = {"x": Call(os.mkdir, "executed")}
-    torch.save(content, "g.pth")
-    with pytest.raises(ValueError, match="^g.pth .*(no state dict|more than tensors)"):
-        load_generator("g.pth")
+NO_STATE_DICTS = {
+    "number": {"w": 1},
+    "list": [1],
+    "tensor": torch.ones(2),
+    "nested": {"G_ema": {"G": 3}},
+    "number for a name": {1: torch.ones(2)},
+    "complex": {"w": torch.ones(2, dtype=torch.complex64)},
+    "integers": {"w": torch.ones(2, dtype=torch.int64)},
+    "without content": {"w": torch.ones(2, device="meta")},
+    "sparse": {"w": torch.ones(2).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("case", NO_STATE_DICTS)
+def test_other_content_is_no_state_dict(case):
+    torch.save(NO_STATE_DICTS[case], "g.pth")
+    assert refuse("g.pth").endswith(": it holds no state dict of real numbers")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_state_dict_is_not_run(new_format):
+    torch.save({"x": Call(os.mkdir, "executed")}, "g", _use_new_zipfile_serialization=new_format)
+    assert refuse("g").endswith("or holds more than tensors and numbers")
+
+
+def test_zip_bomb_is_refused_at_once():
+    torch.save({"w": torch.ones(10)}, "small.pth")
+    with zipfile.ZipFile("small.pth") as small, zipfile.ZipFile("g.pth", "w") as bomb:
+        for name in small.namelist():
+            content = bytes(10**8) if name.endswith("data/0") else small.read(name)
+            bomb.writestr(name, content, zipfile.ZIP_DEFLATED, compresslevel=1)
+    with mock.patch("torch.load") as load:
+        assert "compressed" in refuse("g.pth")
+    load.assert_not_called()
+
+
+# Kinds of files.
+
+
+def test_kind_of_a_file_is_what_it_holds_whatever_it_is_called():
+    save_generator(build_generator(), "x.pkl")
+    write(name="y.pth")
+    torch.save(state_dict("shapenetcars128-64"), "z")
+    torch.save(state_dict("shapenetcars128-64"), "old", _use_new_zipfile_serialization=False)
+    for name, z_dim in {"x.pkl": 8, "y.pth": 8, "z": 512, "old": 512}.items():
+        assert load_generator(name).z_dim == z_dim
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50, 0x0A8A0280])  # As other kinds begin.
+def test_length_of_a_header_is_taken_for_no_other_kind(length):
+    Path("g").write_bytes(length.to_bytes(8, "little") + b"{")
+    assert "header" in refuse("g")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(600), b"<!DOCTYPE html>"])
+def test_file_of_no_kind_is_refused(content):
+    Path("g.pth").write_bytes(content)
+    assert refuse("g.pth").endswith(": it is neither a .safetensors, a .pkl nor a .pth")
 
 
 # The command.
@@ -221,6 +332,16 @@ def test_conversion_keeps_the_generator():
         assert torch.equal(value, G.state_dict()[name])
         torch.testing.assert_close(value, half.state_dict()[name], atol=1e-3, rtol=1e-3)
     assert Path("half.safetensors").stat().st_size < 0.7 * Path("new/g.safetensors").stat().st_size
+
+
+def test_weight_too_large_for_half_precision_is_not_rounded_to_infinity():
+    content = content_of(build_generator())
+    content["G_ema"].decoder.net[2].weight.data[0, 0] = 1e5
+    write(content)
+    convert.main(convert.Config("g.pkl", Path("g.safetensors")))
+    with pytest.raises(ValueError, match="decoder.net.2.weight is .* too large for torch.float16"):
+        convert.main(convert.Config("g.pkl", Path("half.safetensors"), half=True))
+    assert not Path("half.safetensors").exists()
 
 
 def test_conversion_writes_no_other_kind_of_file():
@@ -254,15 +375,27 @@ def with_bias(value):
 
 
 def with_settings(**changes):
-    G = build_generator()
-    G.rendering_kwargs = G.rendering_kwargs | changes
-    return content_of(G)
+    content = content_of(build_generator())
+    content["G_ema"].rendering_kwargs = RENDERING_KWARGS | changes
+    return content
+
+
+def with_arguments(**changes):
+    content = content_of(build_generator())
+    content["G_ema"]._init_kwargs |= changes
+    return content
+
+
+def with_resolution(value):
+    content = content_of(build_generator())
+    content["G_ema"].neural_rendering_resolution = value
+    return content
 
 
 def with_axes(axes):
-    G = build_generator()
-    G.plane_axes = axes
-    return content_of(G)
+    content = content_of(build_generator())
+    content["G_ema"].renderer.plane_axes = axes
+    return content
 
 
 def with_module(name):
@@ -291,9 +424,7 @@ def shared_storage():
 
 
 def with_layers(count):
-    G = build_generator()
-    G.init_kwargs["mapping_kwargs"] = {"num_layers": count}
-    return content_of(G)
+    return with_arguments(mapping_kwargs={"num_layers": count})
 
 
 SHARED = tensor()
@@ -304,7 +435,7 @@ REFUSED = {
         "builtins.exec",
     ),
     "nothing but a call": (lambda: [Call(eval, "1")], "calls 'builtins.eval'"),
-    "no dict": (lambda: [1, 2], "no generator"),
+    "no dict at all": (lambda: [1, 2], "no generator"),
     "no generator": (lambda: {"D": Persistent("D")}, "no generator"),
     "None": (lambda: {"G_ema": None}, "no generator"),
     "StyleGAN2": (stylegan2, "StyleGAN2"),
@@ -318,6 +449,36 @@ REFUSED = {
     "clamp mode": (lambda: with_settings(clamp_mode="relu"), "clamp_mode"),
     "no rays": (lambda: with_settings(ray_start=[1] * 50), "ray_start"),
     "fewer axes": (lambda: with_axes(torch.eye(3)), "plane_axes"),
+    "axes of numpy": (lambda: with_axes(np.eye(3)), "plane_axes"),
+    "NaN axes": (lambda: with_axes(torch.full((3, 3, 3), torch.nan)), "plane_axes"),
+    "infinite axes": (lambda: with_axes(torch.eye(3).expand(3, 3, 3) * torch.inf), "plane_axes"),
+    "flat axes": (lambda: with_axes(torch.ones(3, 3, 3)), "plane_axes"),
+    "NaN weight": (lambda: with_bias(nn.Parameter(torch.full([9], torch.nan))), "is not finite"),
+    "setting of numpy": (
+        lambda: with_settings(avg_camera_pivot=np.zeros(3)),
+        "pivot must be three numbers, got 'numpy",
+    ),
+    "flag of numpy": (lambda: with_settings(white_back=np.array(True)), "white_back"),
+    "large setting": (lambda: with_settings(c_scale=torch.ones(9999)), "'Stored'"),
+    "no number": (lambda: with_settings(c_scale="abc"), "c_scale must be a number, got 'abc'"),
+    "noise of no kind": (lambda: with_settings(superresolution_noise_mode="x"), "none, const or"),
+    "no distance": (lambda: with_settings(foreground_depth="abc"), "foreground_depth must be"),
+    "NaN depths": (lambda: with_settings(depth_resolution=float("nan")), "depth_resolution"),
+    "many depths": (lambda: with_settings(depth_resolution=10**30), "depth_resolution"),
+    "endless rays": (lambda: with_settings(ray_end=float("inf")), "ray_end"),
+    "NaN radius": (lambda: with_settings(avg_camera_radius=float("nan")), "radius must be"),
+    "radius below 0": (lambda: with_settings(avg_camera_radius=-1), "must be positive"),
+    "NaN focal": (lambda: with_settings(camera_focal=float("nan")), "focal must be a number"),
+    "part of a pixel": (lambda: with_resolution(12.7), "neural_rendering_resolution"),
+    "text for pixels": (lambda: with_resolution("64"), "neural_rendering_resolution"),
+    "too many pixels": (lambda: with_resolution(1e300), "neural_rendering_resolution"),
+    "huge z": (lambda: with_arguments(z_dim=2**40), "z_dim must be 1 to 1048576"),
+    "huge w": (lambda: with_arguments(w_dim=2**20), "size mismatch"),
+    "huge planes": (lambda: with_arguments(plane_resolution=2**20), "issing key"),
+    "no widths": (lambda: with_arguments(channel_base=float("nan")), "channel_base"),
+    "clamp": (lambda: with_arguments(conv_clamp=torch.tensor(torch.nan)), "conv_clamp"),
+    "no dict": (lambda: with_arguments(sr_kwargs=[1]), "sr_kwargs must be a dict"),
+    "no gain": (lambda: with_settings(decoder_lr_mul=0), "lr_multiplier must be positive"),
     "strange module": (lambda: with_settings(superresolution_module="Foo"), "Foo"),
     "offset": (lambda: with_bias(tensor(offset=1)), "reaches beyond its storage of 9"),
     "size": (lambda: with_bias(tensor(numbers=8)), "reaches beyond its storage of 8"),
@@ -333,7 +494,7 @@ REFUSED = {
     "shared storage": (shared_storage, "share one storage"),
     "number for weights": (lambda: with_bias(3), "decoder.net.2.bias is no tensor"),
     "many layers": (lambda: with_layers(10**9), "num_layers"),
-    "many settings": (lambda: with_settings(**{f"x{i}": i for i in range(200)}), "more settings"),
+    "many settings": (lambda: with_settings(**{f"x{i}": i for i in range(300)}), "more settings"),
 }
 
 
@@ -363,6 +524,13 @@ def nested_modules(levels=60):
     return module
 
 
+def with_class_name(name):
+    content = content_of(build_generator())
+    content["G_ema"].class_name = name
+    del content["G_ema"]._modules["decoder"]  # Of what is no generator, the class is named.
+    return content
+
+
 def with_nested_modules():
     content = content_of(build_generator())
     content["G_ema"].backbone._modules["more"] = nested_modules()
@@ -370,45 +538,98 @@ def with_nested_modules():
 
 
 BOMBS = {
-    "laughing settings": lambda: with_settings(box_warp=laughs()),
-    "laughing layers": lambda: with_layers(laughs()),
-    "laughing offset": lambda: with_bias(tensor(offset=laughs())),
-    "laughing bias": lambda: with_bias(laughs()),
-    "endless modules": with_nested_modules,
+    "laughing class name": (lambda: with_class_name(laughs()), "class's name"),
+    "long class name": (lambda: with_class_name("a" * 501), "class's name"),
+    "laughing settings": (lambda: with_settings(box_warp=laughs()), "more settings"),
+    "laughing layers": (lambda: with_layers(laughs()), "more settings"),
+    "laughing offset": (lambda: with_bias(tensor(offset=laughs())), "whole numbers"),
+    "laughing size": (lambda: with_bias(tensor(size=laughs())), "no shape"),
+    "laughing bias": (lambda: with_bias(laughs()), "decoder.net.2.bias is no tensor"),
+    "endless modules": (with_nested_modules, "more parts than a generator can have"),
 }
 DEEP = 150_000  # Hashing a tuple so deep crashes Python.
+NO_KIND = "it is neither a .safetensors, a .pkl nor a .pth"
+NO_GENERATOR = "it holds no generator under the name G_ema"
 WRITTEN_BOMBS = {
-    "nothing": b"",
-    "one byte": b"\x80",
-    "text": b"no pickle at all",
-    "web page": b"<!DOCTYPE html>",
-    "archive": b"PK\x03\x04" + bytes(100),
-    "no opcodes": b"\x80\x04",
-    "old protocol": b"(dp0\nS'G_ema'\np1\nNs.",
-    "memo": b"\x80\x04Nr\xff\xff\xff\xff.",
-    "lost memo": b"\x80\x04j\xff\xff\xff\xff.",
-    "long bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
-    "long text": b"\x80\x04\x8d" + b"\xff" * 8 + b".",
-    "long number": b"\x80\x04\x8b\xff\xff\xff\x7f.",
-    "long frame": b"\x80\x04\x95" + b"\xff" * 8 + b"N.",
-    "long name": b"\x80\x04c" + b"a" * 10_000_000,
-    "deep list": b"\x80\x04" + b"]" * 90_000 + b"a" * 89_999 + b".",
-    "deep key": b"\x80\x04})" + b"\x85" * DEEP + b"Ns.",
-    "deep function": b"\x80\x04)" + b"\x85" * DEEP + b")R.",
-    "deep mark": b"\x80\x04" + b"(" * 90_000 + b".",
-    "deep object": b"\x80\x04cx\ny\n\x940" + b"h\x00)\x81" * 45_000 + b"b" * 44_999 + b".",
-    "many steps": b"\x80\x04" + b"N0" * 1_000_000 + b".",
-    "many arguments": b"\x80\x04ccollections\nOrderedDict\n(" + b"N" * 99_999 + b"tR.",
-    "persistent id": b"\x80\x04\x8c\x01xQ.",
-    "extension": b"\x80\x04\x82\x01.",
-    "instance": b"\x80\x04(iposix\nsystem\n.",
-    "buffer": b"\x80\x05\x97.",
-    "empty stack": b"\x80\x04R.",
-    "odd items": b"\x80\x04}(Nu.",
-    "mark for a call": b"\x80\x04cos\nsystem\n(\x8c\x01xtR.",
-    "class as a call": b"\x80\x04ctorch.storage\n_load_from_bytes\n\x85R.",
-    "loop": b"\x80\x04]\x94h\x00a\x85\x85.",
+    "nothing": (b"", NO_KIND),
+    "one byte": (b"\x80", "it is cut short"),
+    "text": (b"no pickle at all", NO_KIND),
+    "web page": (b"<!DOCTYPE html>", NO_KIND),
+    "archive": (b"PK\x03\x04" + bytes(100), "it is damaged, compressed"),
+    "no opcodes": (b"\x80\x04", "it is cut short"),
+    "old protocol": (b"(dp0\nS'G_ema'\np1\nNs.", NO_KIND),
+    "memo": (b"\x80\x04Nr\xff\xff\xff\xff.", NO_GENERATOR),
+    "lost memo": (b"\x80\x04j\xff\xff\xff\xff.", "it is damaged"),
+    "long bytes": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "it is cut short"),
+    "long text": (b"\x80\x04\x8d" + b"\xff" * 8 + b".", "it is cut short"),
+    "long number": (b"\x80\x04\x8b\xff\xff\xff\x7f.", "it is cut short"),
+    "long array": (b"\x80\x05\x96" + b"\xff" * 8 + b".", "it is cut short"),
+    "number of no length": (b"\x80\x04\x8b\xff\xff\xff\xff.", "it is cut short"),
+    "long frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"N.", NO_GENERATOR),
+    "long line": (b"\x80\x04c" + b"a" * 10_000_000, "it is damaged"),
+    "long name": (
+        b"\x80\x04\x8c\xff" + b"a" * 255 + b"\x94h\0\x93.",
+        "it names something by what is no name",
+    ),
+    "deep list": (b"\x80\x04" + b"]" * 90_000 + b"a" * 89_999 + b".", NO_GENERATOR),
+    "deep key": (b"\x80\x04})" + b"\x85" * DEEP + b"Ns.", NO_GENERATOR),
+    "deep function": (b"\x80\x04)" + b"\x85" * DEEP + b")R.", "it calls what is no function"),
+    "deep mark": (b"\x80\x04" + b"(" * 90_000 + b".", "it is damaged"),
+    "deep object": (
+        b"\x80\x04cx\ny\n\x940" + b"h\x00)\x81" * 45_000 + b"b" * 44_999 + b".",
+        NO_GENERATOR,
+    ),
+    "many steps": (b"\x80\x04" + b"N0" * 1_000_000 + b".", "it takes too many steps"),
+    "many arguments": (
+        b"\x80\x04ccollections\nOrderedDict\n(" + b"N" * 99_999 + b"tR.",
+        "it calls what is no function",
+    ),
+    "persistent id": (b"\x80\x04\x8c\x01xQ.", "it refers to data outside"),
+    "extension": (b"\x80\x04\x82\x01.", "opcode b'\\x82'"),
+    "instance": (b"\x80\x04(iposix\nsystem\n.", "opcode b'i'"),
+    "buffer": (b"\x80\x05\x97.", "opcode b'\\x97'"),
+    "empty stack": (b"\x80\x04R.", "it is damaged"),
+    "odd items": (b"\x80\x04}(Nu.", "it is damaged"),
+    "mark for a call": (b"\x80\x04cos\nsystem\n(\x8c\x01xtR.", "it calls 'os.system'"),
+    "class as a call": (
+        b"\x80\x04ctorch.storage\n_load_from_bytes\n\x85R.",
+        "it is damaged",
+    ),
+    "loop": (b"\x80\x04]\x94h\x00a\x85\x85.", NO_GENERATOR),
 }
+
+
+def with_storage(change):
+    """Return content in which a bias lies in a storage whose bytes are changed."""
+    storage = Call(torch.storage._load_from_bytes, change(saved_storage()))
+    args = (storage, 0, (9,), (1,), False, None)
+    return with_bias(Call(torch._utils._rebuild_tensor_v2, *args))
+
+
+def saved_storage():
+    """Return the bytes that torch.save writes for the storage of nine numbers."""
+    file = BytesIO()
+    torch.save(torch.zeros(9)._typed_storage(), file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+DAMAGED_STORAGES = {
+    "magic": (lambda b: b.replace(b"\xfc\x9c", b"\xfc\x9d"), "in another format"),
+    "big endian": (lambda b: b.replace(b"q\x02\x88", b"q\x02\x89"), "in another format"),
+    "count": (lambda b: b[:-44] + b"\x08" + b[-43:], "of another length"),
+    "cut": (lambda b: b[:-1], "it is cut short"),
+    "many steps": (lambda b: b[:2] + b"N0" * 1000 + b[2:], "it takes too many steps"),
+    "no type": (lambda b: b.replace(b"FloatStorage", b"StyleStorage"), "torch.StyleStorage"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_STORAGES)
+def test_damaged_storage_is_refused_with_its_reason(case):
+    change, reason = DAMAGED_STORAGES[case]
+    assert change(saved_storage()) != saved_storage()
+    path = write(with_storage(change))
+    with little_time_and_memory():
+        assert reason in refuse(path)
 
 
 @contextmanager
@@ -430,16 +651,18 @@ def refuse(path):
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_endless_structures_are_refused_at_once(case):
-    path = write(BOMBS[case]())
+    make, reason = BOMBS[case]
+    path = write(make())
     with little_time_and_memory():
-        refuse(path)
+        assert reason in refuse(path)
 
 
 @pytest.mark.parametrize("case", WRITTEN_BOMBS)
 def test_bombs_are_refused_in_little_time_and_memory(case):
-    Path("g.pkl").write_bytes(WRITTEN_BOMBS[case])
+    content, reason = WRITTEN_BOMBS[case]
+    Path("g.pkl").write_bytes(content)
     with little_time_and_memory():
-        refuse("g.pkl")
+        assert refuse("g.pkl").startswith(f"g.pkl holds no usable generator: {reason}")
 
 
 def test_every_truncation_is_refused():
@@ -517,6 +740,39 @@ def test_mutants_are_read_or_refused_and_never_run(make, count, well):
     assert not any("\n" in outcome for outcome in outcomes)
     assert 0.02 * count < sum(well in outcome for outcome in outcomes) < 0.98 * count
     assert not Path("executed").exists()
+
+
+STRANGE = [None, True, -1, 0.5, 2**40, float("nan"), "x" * 1000, [], {}, [{}], laughs(), ("a",)]
+STRANGE += [torch.ones(2), torch.ones(10_000), np.ones(2), Persistent("Other"), Path("file")]
+
+
+def misbuilt(rng):
+    """Return content in which one to three things of the generator are something else."""
+    G = pack(build_generator())
+    content = {"G_ema": G}
+    places = [G.rendering_kwargs, G._init_kwargs, G.__dict__, content]
+    for module in G.modules():
+        places += [module.__dict__, module._parameters, module._buffers, module._modules]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.choice(rng.choice([places[:4], places]))  # Half of them in the settings.
+        if place:
+            place[rng.choice(list(place))] = rng.choice(STRANGE)
+    return content
+
+
+def test_misbuilt_generators_are_read_or_refused():
+    rng = random.Random(0)
+    outcomes = []
+    for _ in range(60):
+        path = write(misbuilt(rng))
+        with little_time_and_memory():
+            try:
+                load_generator(path)
+                outcomes.append("read")
+            except ValueError as refusal:
+                outcomes.append(str(refusal))
+    assert not any("\n" in outcome for outcome in outcomes)
+    assert 5 < outcomes.count("read") < 50 and len(set(outcomes)) > 10
 
 
 LOAD = """

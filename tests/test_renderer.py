@@ -267,7 +267,7 @@ def test_depth_lies_within_the_samples_and_opacity_within_one():
         ({"ray_start": "auto", "ray_end": "auto", "disparity_space_sampling": True}, "disparity"),
         ({"ray_start": 0, "disparity_space_sampling": True}, "ray_start > 0, got 0"),
         ({"box_warp": 0}, "box_warp must be positive, got 0"),
-        ({"depth_resolution": 3}, "depth_resolution must be >= 4 .* got 3, 6"),
+        ({"depth_resolution": 3}, "depth_resolution must be 4 to 4096 .* got 3, 6"),
         ({"depth_resolution_importance": -1}, "got 6, -1"),
         ({"clamp_mode": "relu"}, "clamp_mode must be 'softplus', got 'relu'"),
         ({"density_noise": 0.5}, "density_noise must be 0, got 0.5"),

@@ -554,8 +554,6 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
     ids=str,
 )
 def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
-    if "lora" in change:
-        pytest.importorskip("peft")
     monkeypatch.chdir(world())
     row = run(tmp_path, steps=1, **change)["log.jsonl"][0]
     assert row["grad_norm"] != one_step["log.jsonl"][0]["grad_norm"]

@@ -191,15 +191,17 @@ def build_taesd(folder: Path) -> Path:
     return folder
 
 
-def write_lora(file: Path, prior: Path, layout: str = "peft", alpha: float = 1.0) -> dict:
-    """Write a LoRA of rank 2 for some layers of each kind, and return what it adds to weights.
+def write_lora(file: Path, prior: Path, layout: str = "peft") -> dict:
+    """Write a LoRA for some layers of each kind, and return what it adds to weights.
+
+    Ranks differ from layer to layer, and so do alphas, which scale a change by alpha / rank.
 
     Args:
         file: A .safetensors, or a .bin.
         prior: What `build_prior` or `build_sd2` wrote.
         layout: How weights are named: "kohya", "peft", "processor" as diffusers did before, or
-            "header", as peft's with alpha in the file's header.
-        alpha: Scales the change by alpha / rank; "peft" and "processor" cannot tell it.
+            "header", as peft's with alphas in the file's header. "peft" and "processor" cannot
+            tell them: they are the ranks.
 
     Returns:
         {"unet.<layer>.weight" or "text_encoder.<layer>.weight": change}.
@@ -210,18 +212,21 @@ def write_lora(file: Path, prior: Path, layout: str = "peft", alpha: float = 1.0
     }
     torch.manual_seed(0)
     state, changes, header = {}, {}, {}
-    scale = alpha / 2 if layout in ("kohya", "header") else 1.0
-    for part, name in LORA_LAYERS:
+    for i, (part, name) in enumerate(LORA_LAYERS):
+        rank, alpha = 2 + i % 3, 1.0 + i % 4
+        scale = alpha / rank if layout in ("kohya", "header") else 1.0
         if layout == "processor" and ".attn" not in name and part == "unet":
             continue  # That format had no others.
         weight = networks[part].get_submodule(name).weight
-        down = 0.3 * torch.randn(2, *weight.shape[1:])
-        up = 0.3 * torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
+        down = 0.3 * torch.randn(rank, *weight.shape[1:])
+        up = 0.3 * torch.randn(len(weight), rank, *[1] * (weight.ndim - 2))
         change = (up.flatten(1) @ down.flatten(1)).view_as(weight)
         changes[f"{part}.{name}.weight"] = scale * change
         state.update(LORA_NAMES[layout](part, name, down, up, alpha))
-        header |= {f"{part}.r": 2, f"{part}.lora_alpha": alpha}
+        header |= {f"{part}.r": 2, f"{part}.lora_alpha": 1.0}
         header.setdefault(f"{part}.target_modules", []).append(name)
+        if alpha != 1:
+            header.setdefault(f"{part}.alpha_pattern", {})[name] = alpha
     if file.suffix == ".safetensors":
         metadata = {"lora_adapter_metadata": json.dumps(header)} if layout == "header" else {}
         save_file(state, file, metadata={"format": "pt"} | metadata)
