@@ -405,7 +405,7 @@ def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path, call):
     argv = ["--generator", tmp_path / "g.pkl", "--out", tmp_path / "new/g.safetensors"]
     code, _, err = call(convert, argv)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "g.pkl holds no usable generator: it is no pickle" in err
+    assert "g.pkl holds no usable generator: it is neither a .safetensors" in err
     assert [path.name for path in tmp_path.iterdir()] == ["g.pkl"]
 
 
