@@ -116,7 +116,7 @@ def test_mesh_of_an_embedded_head_is_where_the_head_is():
     rays = F.normalize(points - eye, dim=1)[None]
     truth, _ = heads.trace(heads.build(seed_to_z(0, G.z_dim)), eye.expand_as(rays), rays)
     error = (points - eye).norm(dim=1) - truth[0]
-    assert error[error.isfinite()].abs().median() < 0.01  # EG3D's density of 10 is 0.016 off.
+    assert error[error.isfinite()].abs().median() < 0.012  # EG3D's density of 10 is 0.018 off.
 
 
 def test_ply_holds_what_its_header_says(tmp_path):
