@@ -48,13 +48,10 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "oracle_domain": "oracle domain",
     "oracle_l1": "L1 to truth",
     "pose_deg": "pose [deg]",
-    "oracle_pose_deg": "oracle pose [deg]",
     "identity_top1": "identity top-1",
     "oracle_id": "oracle identity",
     "diversity": "diversity",
     "depth_corr": "depth",
-    "steps_minutes": "minutes",
-    "peak_gb": "GB",
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48

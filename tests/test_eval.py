@@ -21,7 +21,7 @@ from puppets import experiments, heads, oracle
 from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import DOMAINS, HELD_OUT
 from render import save_image, to_uint8
-from runs import fingerprint_generator
+from runs import REPOSITORY, fingerprint_generator
 
 
 class FakeClip:
@@ -505,3 +505,16 @@ def test_experiments_score_again_what_has_other_samples(docs, monkeypatch):
     assert scored == [("text-bronze-s0", 8), ("text-bronze-s0", 16)]
     row = json.loads((docs / "results.json").read_text())["text-bronze-s0"]
     assert row["samples"] == 16 and row["oracle_l1"] == 0.1
+
+
+def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
+    rows = set((REPOSITORY / "docs/results.md").read_text().splitlines())
+    readme = (REPOSITORY / "README.md").read_text().splitlines()
+    shown = [line for line in readme if line.startswith(("| text-", "| image-", "| gca3d"))]
+    assert len(shown) >= 9 and set(shown) <= rows
+
+
+def test_results_are_those_of_the_committed_scores(docs):
+    scores = json.loads((REPOSITORY / "docs/results.json").read_text())
+    experiments.write_tables(scores)
+    assert (docs / "results.md").read_text() == (REPOSITORY / "docs/results.md").read_text()
