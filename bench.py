@@ -66,10 +66,12 @@ NOTES = f"""\
 - *units*: of the time of one float32 convolution, 3 x 3, {CHANNELS} -> {CHANNELS} channels,
   {SIDE} x {SIDE} px, done just before each timed call. *of conv*, *of matmul*: GFLOP/s, compared
   with that convolution's and with those of a float32 product of {MATRIX} x {MATRIX} matrices.
+  A GPU does both as torch is set there, which is with TF32 for convolutions alone.
 - On a CPU, units and rates go by *CPU s*, the seconds of all threads together: other processes
   disturb them less than they disturb the clock.
 - *GB*: the most that torch held beyond what it held before the counted call: activations,
-  gradients, Adam's state, work space; not the networks' weights.
+  gradients, Adam's state, work space; not the networks' weights, nor what malloc loses between
+  blocks, which made a process on a CPU grow by a fifth to a half more.
 """
 
 Row = dict[str, float | None]  # What was measured of a part, by name.
@@ -402,8 +404,8 @@ def measure(
     """Count a call, then time it beside a convolution and a product.
 
     Returns:
-        Medians of `seconds` and `cpu_seconds`, `gflop`, `peak_gb`, and the speed as the module's
-        docstring says; `conv_seconds` and `matmul_seconds` are what it was compared with.
+        What the columns of the table show (see `NOTES`), and what it was compared with,
+        `conv_seconds` and `matmul_seconds`, by the same clock as units and rates.
     """
     gflop, memory = count(call, device)
     clock = 1 if device.type == "cpu" else 0  # Of the two that `stopwatch` reads.
@@ -439,8 +441,10 @@ def stopwatch(call: Callable[[], object], device: torch.device) -> tuple[float, 
 
 def finish(device: torch.device) -> None:
     """Wait until a GPU has done its work."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def count(call: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
@@ -497,10 +501,14 @@ class Operations(TorchDispatchMode):
         self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         """Do what torch was about to do, and add its operations."""
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         formula = self.formulas.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if formula is None:
+            with self:  # Inference mode shows operations before they are taken apart.
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
 
@@ -548,7 +556,7 @@ def markdown(report: dict) -> str:
     machine, settings, parts = report["machine"], report["settings"], report["parts"]
     on_cpu = machine["type"] == "cpu"
     settings = {k: v for k, v in settings.items() if v and k not in ("json", "out")}
-    given = [f"{name} {value}" for name, value in settings.items()]
+    given = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in settings.items()]
     versions = [f"{name} {version}" for name, version in report["versions"].items() if version]
     load = machine["load"]
     busy = f" (busy: load {load:.1f} at the start)" if load and load > machine["cores"] / 2 else ""

@@ -66,6 +66,12 @@ def test_operations_of_attention_on_a_cpu():
     assert both == pytest.approx(3.5 * forward / 1e9)
 
 
+def test_operations_in_inference_mode():
+    x, w = torch.randn(2, 8), torch.randn(3, 8)
+    with torch.inference_mode():
+        assert bench.count(lambda: F.linear(x, w), CPU)[0] == 2 * 2 * 3 * 8 / 1e9
+
+
 def test_memory_is_the_most_at_any_moment():
     megabyte = torch.ones(250_000)
     _, peak = bench.count(lambda: [megabyte + 1 for _ in range(3)] and megabyte + megabyte, CPU)
