@@ -120,14 +120,18 @@ def main(cfg: Config) -> None:
         yardstick()  # The first call is slower.
     for name in tqdm([name for name in PARTS if name in (cfg.parts or PARTS)], unit="part"):
         report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
-    report["process_peak_gb"] = peak_gb(device)
-    page = markdown(report)
-    print(page)
+        report["process_peak_gb"] = peak_gb(device)
+        write(report, cfg)  # What is measured so far, should it be stopped.
+    print(markdown(report))
+
+
+def write(report: dict, cfg: Config) -> None:
+    """Write what has been measured to the files asked for."""
     if cfg.json:
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         atomic_write(cfg.json, lambda file: file.write(text.encode()))
     if cfg.out:
-        atomic_write(cfg.out, lambda file: file.write(page.encode()))
+        atomic_write(cfg.out, lambda file: file.write(markdown(report).encode()))
 
 
 def check_options(cfg: Config) -> None:
