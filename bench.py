@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -55,6 +55,8 @@ from runs import REPOSITORY, locate, peak_gb, pick_device, run_cli
 
 PROMPT = "a bronze statue"
 NETWORKS = ("generator", "diffusion", "adapters", "vae", "features", "clip")
+SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
+EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": None, "compile": False}
 CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Of the convolution and of the square matrices.
 CONV_GFLOP, MATMUL_GFLOP = 18 * CHANNELS**2 * SIDE**2 / 1e9, 2 * MATRIX**3 / 1e9
 LONG = 60.0  # Seconds; a part that has taken longer is not timed again.
@@ -95,6 +97,9 @@ class Config:
     batch: int = 1  # Heads in a step.
     micro_batch: int | None = None  # Heads that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
+    precision: Literal["fp32", "fp16", "bf16"] | None = None  # Of the prior except its VAE.
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE.
+    compile: bool = False  # Compile UNet, ControlNet and VAE.
 
     parts: tuple[str, ...] = ()  # Parts to measure, by their names in the table; none: all.
     repeats: int = 5  # Timed calls of each part; of those that take minutes there are fewer.
@@ -122,6 +127,9 @@ def main(cfg: Config) -> None:
         report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
         report["process_peak_gb"] = peak_gb(device)
         write(report, cfg)  # What is measured so far, should it be stopped.
+    if "sds" in report["parts"]:
+        report["gradient"] = compare(world)
+        write(report, cfg)
     print(markdown(report))
 
 
@@ -159,19 +167,10 @@ def run_options(cfg: Config) -> train.Config:
     Raises:
         ValueError: train.py would refuse them.
     """
-    given = {name: getattr(cfg, name) for name in ("base", *NETWORKS)}
+    given = {name: getattr(cfg, name) for name in ("base", *NETWORKS, *SWITCHES)}
     if cfg.random:
         given |= {"base": "ffhq", "generator": "random"}
-    run = train.Config(
-        prompt=PROMPT,
-        out=Path(tempfile.gettempdir()),
-        batch=cfg.batch,
-        micro_batch=cfg.micro_batch,
-        low_memory=cfg.low_memory,
-        device=cfg.device,
-        **given,
-    )
-    run = train.resolve(run)
+    run = train.resolve(train.Config(prompt=PROMPT, out=Path(tempfile.gettempdir()), **given))
     train.check_options(run)
     return run
 
@@ -363,9 +362,9 @@ def clip(clip: ClipFeatures, images: Tensor) -> None:
     clip.images(images)
 
 
-def sds(training: train.Training, images: Tensor, batch: train.Batch) -> None:
+def sds(training: train.Training, images: Tensor, batch: train.Batch) -> Tensor:
     """Take the gradient of DSDS at the images: VAE, ControlNet, UNet."""
-    train.image_gradient({"sds": training.terms["sds"]}, images, batch)
+    return train.image_gradient({"sds": training.terms["sds"]}, images, batch)[0]
 
 
 def hsc(training: train.Training, images: Tensor, batch: train.Batch) -> None:
@@ -431,6 +430,27 @@ def measure(
         "of_conv": gflop / CONV_GFLOP / units,
         "of_matmul": gflop / MATMUL_GFLOP / products,
         "peak_gb": memory,
+    }
+
+
+def compare(world: World) -> dict[str, float] | None:
+    """Compare DSDS's gradient at the images with that of the prior as it is, in float32.
+
+    Returns:
+        Their cosine and the ratio of their lengths, means over the heads; None if it is the same.
+    """
+    dtype = train.prior_dtype(world.cfg, world.device)
+    cfg = replace(world.cfg, **EXACT)
+    if replace(cfg, precision=world.cfg.precision) == world.cfg and dtype == torch.float32:
+        return None
+    exact = World(cfg, world.device, world.random)
+    for shared in ("G_src", "vit", "clip", "images", "batch"):
+        setattr(exact, shared, getattr(world, shared))
+    ours, theirs = (sds(w.training, w.images, w.batch).flatten(1) for w in (world, exact))
+    ratios = ours.norm(dim=1) / theirs.norm(dim=1)
+    return {
+        "cosine": F.cosine_similarity(ours, theirs).mean().item(),
+        "ratio": ratios.mean().item(),
     }
 
 
@@ -598,6 +618,13 @@ def markdown(report: dict) -> str:
             f"A whole step of {settings['batch']}: {whole:.3f} TFLOP, of which HSC "
             f"{consistency:.3f}, the rest {whole - consistency:.3f}.",
         ]
+    if report.get("gradient"):
+        cosine, ratio = report["gradient"].values()
+        lines += [
+            "",
+            "DSDS's gradient at the images, beside that in float32 with the prior's own VAE: "
+            f"cosine {cosine:.5f}, {ratio:.4f} times as long.",
+        ]
     return "\n".join([*lines, "", NOTES])
 
 
@@ -615,7 +642,8 @@ def random_generator() -> TriPlaneGenerator:
 
 def random_prior(cfg: train.Config, device: torch.device) -> DiffusionPrior:
     """Return Stable Diffusion 1.5 with a depth ControlNet; words become those of puppets."""
-    dtype = train.prior_dtype(device)
+    torch.manual_seed(0)  # So that `compare` gets the same weights again.
+    dtype = train.prior_dtype(cfg, device)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -629,14 +657,17 @@ def random_prior(cfg: train.Config, device: torch.device) -> DiffusionPrior:
     if cfg.low_memory:
         vae.enable_gradient_checkpointing()
     with quiet_loading():  # Else a change of precision is warned of.
-        return DiffusionPrior(
-            vae.to(device),
+        prior = DiffusionPrior(
+            vae.to(device, train.PRECISIONS[cfg.vae_precision]),
             unet.to(device, dtype),
             CLIPTextModel(text_config).to(device, dtype),
             puppets_tokenizer(),
             DDPMScheduler(**schedule),
             controlnet.to(device, dtype),
         )
+    if cfg.compile:
+        prior.compile()
+    return prior
 
 
 def random_vit(cfg: train.Config, device: torch.device) -> TokenFeatures:

@@ -105,7 +105,7 @@ LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.wei
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
     *("out", "image", "device", "save_every", "grid_every"),
-    *("micro_batch", "low_memory"),  # Slower or faster, but to rounding the same gradients.
+    *("micro_batch", "low_memory", "compile"),  # Slower or faster; to rounding the same gradients.
 }
 POSITIVE = {"lr", "hsc_temperature"}
 LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
@@ -113,6 +113,7 @@ AT_LEAST = {
     **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
     **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
 }
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
 GRID_SEEDS = list(range(8))
@@ -167,6 +168,11 @@ class Config:
     """Heads at once, of a process's share of a step; fewer need less memory. None: all of them."""
     low_memory: bool = False
     """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the prior's networks except its VAE; None: fp16 on CUDA, else fp32."""
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE, whose gradients lead to images.
+    compile: bool = False
+    """Compile UNet, ControlNet and VAE (torch.compile): a faster step after a slow first one."""
 
 
 @dataclass(frozen=True)
@@ -469,11 +475,12 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         source,
         controlnet if cfg.depth_scale else None,
         ip_adapter if cfg.image else None,
-        dtype=prior_dtype(device),
+        dtype=prior_dtype(cfg, device),
         device=device,
         vae=cfg.vae and locate(cfg.vae),
         lora=lora and locate(lora),
         lora_scale=lora_scale,
+        vae_dtype=PRECISIONS[cfg.vae_precision],
         recompute_vae=cfg.low_memory,
     )
     if cfg.depth_scale and prior.controlnet is None:
@@ -491,15 +498,17 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
             f"the domains it knows are {', '.join(known)}",
             file=sys.stderr,
         )
+    if cfg.compile:
+        prior.compile()
     return prior
 
 
-def prior_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision of the prior's networks; its VAE stays in float32.
+def prior_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Return the precision of the prior's networks except its VAE.
 
     Half precision is what Stable Diffusion is always run in on a GPU.
     """
-    return torch.float16 if device.type == "cuda" else torch.float32
+    return PRECISIONS[cfg.precision or ("fp16" if device.type == "cuda" else "fp32")]
 
 
 def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:

@@ -6,7 +6,9 @@ Everything that goes in or comes out is float32, whatever the networks' own prec
 """
 
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +132,7 @@ class DiffusionPrior:
         vae: str | Path | None = None,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        vae_dtype: torch.dtype = torch.float32,
         recompute_vae: bool = False,
     ) -> "DiffusionPrior":
         """Load Stable Diffusion 1.x or 2.x, optionally with a depth ControlNet and an IP-Adapter.
@@ -148,6 +151,7 @@ class DiffusionPrior:
             lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
                 diffusers' format, which is added to the weights.
             lora_scale: Weight of the LoRA.
+            vae_dtype: Precision of the VAE.
             recompute_vae: Compute the VAE's activations again when going back, block by block,
                 instead of keeping them: less memory, the same gradients. TAESD stays as it is.
 
@@ -182,6 +186,7 @@ class DiffusionPrior:
             fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if ip_adapter is not None:
             parts["image_encoder"] = _load_ip_adapter(ip_adapter, parts["unet"])
+        parts["vae"].to(vae_dtype)
         parts = {name: network.to(device) for name, network in parts.items()}
         vocabulary = _read_vocabulary(folder / "vocabulary.json")
         return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, vocabulary=vocabulary)
@@ -190,6 +195,19 @@ class DiffusionPrior:
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.unet.device
+
+    def compile(self) -> None:
+        """Let torch.compile make UNet, ControlNet and VAE encoder faster, from the second call on.
+
+        Raises:
+            ValueError: there is no C++ compiler for it.
+        """
+        compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
+        if not any(map(shutil.which, compilers)):
+            raise ValueError("compiling needs a C++ compiler, and none was found")
+        for network in (self.unet, self.controlnet, self.vae.encoder):
+            if network is not None:
+                network.compile()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents of images, differentiable w.r.t. the images.

@@ -6,6 +6,7 @@ from math import isfinite
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_prior import build_taesd
 from tiny_run import hurry, options, run, world
 
 import bench
@@ -132,6 +133,24 @@ def test_the_report_is_complete(report):
     assert numbers["settings"]["batch"] == 2 and numbers["machine"]["threads"] >= 1
     assert {"torch", "diffusers", "transformers"} <= numbers["versions"].keys()
     assert "commit" in numbers and "Not measured on a GPU yet" in page
+
+
+@pytest.mark.parametrize(
+    "switch", [{"precision": "bf16"}, {"vae_precision": "bf16"}, {"vae": "another"}]
+)
+def test_switches_are_compared_with_the_exact_gradient(switch, tmp_path):
+    if "vae" in switch:
+        switch = {"vae": str(build_taesd(tmp_path))}
+    bench.main(config(parts=("sds",), batch=4, json=tmp_path / "x.json", **switch))
+    gradient = json.loads((tmp_path / "x.json").read_text())["gradient"]
+    assert gradient["cosine"] < 0.99999
+    if "vae" not in switch:
+        assert gradient["cosine"] > 0.98 and gradient["ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_exact_switches_leave_nothing_to_compare(tmp_path):
+    bench.main(config(parts=("sds",), low_memory=True, precision="fp32", json=tmp_path / "x.json"))
+    assert json.loads((tmp_path / "x.json").read_text())["gradient"] is None
 
 
 def test_one_part_loads_no_other_network(monkeypatch, capsys):
