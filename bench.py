@@ -260,10 +260,11 @@ class World:
     @cached_property
     def batch(self) -> train.Batch:
         """The source's renders, times and noise, half-way through a run."""
-        source = self.G_src.synthesis(self.ws, self.c)
+        source = train.draw_heads(self.G_src, self.ws, self.c, slice(None))
         times = train.draw_times(self.cfg, self.cfg.steps // 2, self.prior).to(self.device)
         noise = train.draw_noise(self.cfg, self.prior).to(self.device)
-        return train.Batch(source, times, noise, progress=0.5)
+        planes = source["planes"], source["planes"]
+        return train.Batch(source, times, noise, noise, 0.5, 0, lambda: planes)
 
     @cached_property
     def images(self) -> Tensor:
@@ -364,12 +365,13 @@ def clip(clip: ClipFeatures, images: Tensor) -> None:
 
 def sds(training: train.Training, images: Tensor, batch: train.Batch) -> Tensor:
     """Take the gradient of DSDS at the images: VAE, ControlNet, UNet."""
-    return train.image_gradient({"sds": training.terms["sds"]}, images, batch)[0]
+    terms = {"sds": training.terms["sds"]}
+    return train.output_gradients(terms, {"image": images}, batch)[0]["image"]
 
 
 def hsc(training: train.Training, images: Tensor, batch: train.Batch) -> None:
     """Take the gradient of HSC at the images: the ViT, for source and adapted ones."""
-    train.image_gradient({"hsc": training.terms["hsc"]}, images, batch)
+    train.output_gradients({"hsc": training.terms["hsc"]}, {"image": images}, batch)
 
 
 def step(cfg: train.Config, training: train.Training, numbers: Iterator[int]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 images [B, 3, H, W] in [-1, 1]; latents [B, 4, h, w] scaled; noise like latents; t [B] integer
 steps of the diffusion schedule; tokens [B, g, g, D] of a frozen ViT; depth [B, 3, H, W] in [0, 1],
-near = 1; mask [B, 1, n, n] in [0, 1], foreground = 1. Frozen networks never receive gradients.
+near = 1; mask [B, 1, n, n] in [0, 1], foreground = 1; planes [B, 3, C, P, P]; embeds [B, D] of
+CLIP, unit length. `_src` is the source generator's. Frozen networks never receive gradients.
 """
 
 from __future__ import annotations
@@ -57,6 +58,19 @@ def guided_noise(
     Returns:
         eps_hat, [B, 4, h, w].
     """
+    eps_nothing, eps_condition = noise_pair(prior, latents_t, t, condition, depth)
+    return eps_nothing + guidance * (eps_condition - eps_nothing)
+
+
+@torch.no_grad()
+def noise_pair(
+    prior: NoisePredictor,
+    latents_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    depth: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predict noise for both halves of a condition in one batch, [B, 4, h, w] each."""
     b = len(latents_t)
     embeds = condition.image_embeds
     eps = prior.predict_noise(
@@ -68,8 +82,13 @@ def guided_noise(
         condition.image_scale,
         condition.depth_scale,
     )  # [2B, 4, h, w]
-    eps_nothing, eps_condition = eps.chunk(2)
-    return eps_nothing + guidance * (eps_condition - eps_nothing)
+    return eps.chunk(2)
+
+
+def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise."""
+    abar = _abar(prior, t)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
 def sds_loss(
@@ -99,20 +118,17 @@ def sds_loss(
     _check_shape("condition.text", condition.text, (2, None, None))
     _check_shape("t", t, (b,))
     _check_shape("noise", noise, tuple(latents.shape))
-    abar = prior.alphas_cumprod[t].view(b, 1, 1, 1)
 
     with torch.no_grad():
-        latents_t = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        latents_t = add_noise(prior, latents, t, noise)
         if depth is not None:
             _check_shape("depth", depth, (b, 3, None, None))
         eps_hat = guided_noise(prior, latents_t, t, condition, guidance, depth)
-        grad = (1 - abar) * (eps_hat - noise)  # [B, 4, h, w]
+        grad = (1 - _abar(prior, t)) * (eps_hat - noise)  # [B, 4, h, w]
         if mask is not None:
             _check_shape("mask", mask, (b, 1, None, None))
             grad = F.adaptive_avg_pool2d(mask, (h, w)) * grad
-
-    target = (latents - grad).detach()
-    return 0.5 * (latents - target).square().flatten(1).sum(1)
+    return _carrier(latents, grad)
 
 
 def dsds_loss(
@@ -185,6 +201,181 @@ def hsc_loss(
     return total
 
 
+def fusion_sds_loss(
+    prior: NoisePredictor,
+    latents: Tensor,
+    condition: Condition,
+    t: Tensor,
+    noise: Tensor,
+    guidance: float,
+) -> Tensor:
+    """SDS between predictions of unit size (StyleGAN-Fusion, arXiv:2212.04473, its code for EG3D).
+
+    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(noise)) / 100, clamped to +-1, where unit()
+    scales a whole latent to an RMS of 1, so that a large guidance changes directions alone. Theirs
+    is of one image; here every image has its own t, RMS and clamp. Their nan -> 0 is left out.
+    """
+    with torch.no_grad():
+        eps_hat = guided_noise(prior, add_noise(prior, latents, t, noise), t, condition, guidance)
+        grad = _fusion_gradient(prior, t, _unit(eps_hat) - _unit(noise))
+    return _carrier(latents, grad)
+
+
+def score_direction_loss(
+    prior: NoisePredictor,
+    latents: Tensor,
+    latents_src: Tensor,
+    condition: Condition,
+    t: Tensor,
+    noise: Tensor,
+    guidance: float,
+) -> Tensor:
+    """Directional regulariser (StyleGAN-Fusion, arXiv:2212.04473, its code's Directional_loss 1).
+
+    The gradient is (1 - abar_t) * (unit(eps_hat(latents_t)) - unit(eps_hat(latents_src_t))) / 100,
+    clamped to +-1, both latents under the same noise: 0 where nothing has been adapted yet.
+
+    Args:
+        noise: Another draw than that of SDS.
+    """
+    with torch.no_grad():
+        eps_hat, eps_src = (
+            _unit(guided_noise(prior, add_noise(prior, x, t, noise), t, condition, guidance))
+            for x in (latents, latents_src)
+        )
+        grad = _fusion_gradient(prior, t, eps_hat - eps_src)
+    return _carrier(latents, grad)
+
+
+def score_reconstruction_loss(
+    prior: NoisePredictor,
+    latents: Tensor,
+    latents_src: Tensor,
+    condition: Condition,
+    t: Tensor,
+    noise: Tensor,
+    guidance: float,
+) -> Tensor:
+    """Reconstruction regulariser (StyleGAN-Fusion, arXiv:2212.04473, its code's Directional_loss 2).
+
+    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(r)) / 100, clamped to +-1, where r is the
+    gradient of |latents_0 - latents_src|^2 at eps_hat, latents_0 the clean latents that eps_hat
+    leads back to: r points along latents_src - latents_0.
+    """
+    with torch.no_grad():
+        abar, latents_t = _abar(prior, t), add_noise(prior, latents, t, noise)
+        eps_hat = guided_noise(prior, latents_t, t, condition, guidance)
+        latents_0 = (latents_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
+        grad = _fusion_gradient(prior, t, _unit(eps_hat) - _unit(latents_src - latents_0))
+    return _carrier(latents, grad)
+
+
+def perceptual_loss(layers: Sequence[Tensor], layers_src: Sequence[Tensor]) -> Tensor:
+    """LPIPS-type distance (arXiv:1801.03924, Eq. 1) between tokens of several layers, in [0, 4].
+
+    StyleGAN-Fusion (arXiv:2212.04473) takes LPIPS itself, of VGG, with learned channel weights;
+    here tokens of unit length of a frozen ViT, all weights 1, and the mean over layers.
+
+    Args:
+        layers: Of the adapted images, [B, g, g, D] each.
+        layers_src: Of the source images, likewise; no gradient reaches them.
+    """
+    distances = [
+        (F.normalize(a, dim=-1) - F.normalize(b.detach(), dim=-1)).square().sum(-1).mean((1, 2))
+        for a, b in zip(layers, layers_src, strict=True)
+    ]
+    return torch.stack(distances).mean(0)
+
+
+def relative_distance_loss(
+    planes: Tensor, planes_src: Tensor, others: Tensor, others_src: Tensor, first: int = 0
+) -> Tensor:
+    """Relative distance (DiffusionGAN3D, arXiv:2312.16837, L_dis): heads stay as far apart.
+
+    The mean over j of | |planes_i - planes_j|^2 / |planes_src_i - planes_src_j|^2 - 1 |. Pairs and
+    norms are not public: here all pairs of a batch, and whole planes, since a ratio per pixel is
+    unstable where planes agree. The others are held fixed, so that any part of a batch has the
+    same gradient: half that of the mean over pairs.
+
+    Args:
+        planes: Adapted, [b, 3, C, P, P].
+        planes_src: The source's, likewise.
+        others: Adapted planes of the whole batch, [B, 3, C, P, P], B at least 2.
+        others_src: The source's, likewise.
+        first: Where in the batch `planes` begins.
+    """
+    distances = _square_distances(planes, others.detach())  # [b, B]
+    distances_src = _square_distances(planes_src, others_src).detach()
+    itself = torch.arange(first, first + len(planes), device=planes.device).unsqueeze(1)  # [b, 1]
+    ratios = distances / (distances_src + 1e-8)
+    return (ratios - 1).abs().scatter(1, itself, 0).sum(1) / (len(others) - 1)
+
+
+@torch.no_grad()
+def edit_mask(
+    prior: NoisePredictor,
+    latents: Tensor,
+    condition: Condition,
+    noise: Tensor,
+    levels: Sequence[float],
+    threshold: float = 0.5,
+    softness: float = 0.1,
+) -> Tensor:
+    """Find where a local edit belongs (DiffusionGAN3D, arXiv:2312.16837, for L_diff).
+
+    The paper reads the region off the SDS gradient at different noise levels; formula, levels and
+    threshold are not public. Here, as in DiffEdit (arXiv:2210.11427), the size of the difference
+    that the prompt makes to the predicted noise, beside a prompt for what is there: each level
+    over its largest value, their mean smoothed over 3 x 3 cells, and a soft threshold.
+
+    Args:
+        latents: Of the source's images.
+        condition: The source's prompt in the place of the unconditional half.
+        levels: Diffusion times, as fractions of the schedule.
+        threshold: Share of the largest response at which the mask is 0.5.
+        softness: Width of the threshold.
+
+    Returns:
+        [B, 1, h, w] in [0, 1], 1 where the edit belongs.
+    """
+    total = latents.new_zeros(len(latents), 1, *latents.shape[2:])
+    for level in levels:
+        t = torch.full_like(noise[:, 0, 0, 0], level * (len(prior.alphas_cumprod) - 1)).long()
+        before, after = noise_pair(prior, add_noise(prior, latents, t, noise), t, condition)
+        response = (after - before).norm(dim=1, keepdim=True)  # [B, 1, h, w]
+        total += response / response.amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    smooth = F.avg_pool2d(total, 3, 1, 1, count_include_pad=False)
+    share = smooth / smooth.amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    return torch.sigmoid((share - threshold) / softness)
+
+
+def keep_loss(images: Tensor, images_src: Tensor, mask: Tensor) -> Tensor:
+    """Diffusion-guided reconstruction (DiffusionGAN3D, arXiv:2312.16837, L_diff).
+
+    The mean squared difference to the source's images outside the region of an edit.
+
+    Args:
+        mask: 1 where the edit belongs, any size.
+    """
+    mask = F.interpolate(mask, images.shape[2:], mode="bilinear")
+    return ((1 - mask) * (images - images_src.detach()).square()).flatten(1).mean(1)
+
+
+def clip_direction_loss(
+    embeds: Tensor, embeds_src: Tensor, direction: Tensor, shortest: float = 0.1
+) -> Tensor:
+    """CLIP direction (StyleGAN-NADA, arXiv:2108.00946, Eq. 3): 1 - cos(embeds - embeds_src, v).
+
+    Args:
+        direction: v, from the source domain to the target, [1, D], unit length.
+        shortest: Differences below this length count as that long: at the first step they are 0,
+            where the cosine has no gradient.
+    """
+    change = embeds - embeds_src.detach()
+    lengths = change.norm(dim=1).clamp_min(shortest)
+    return 1 - (change * direction).sum(1) / lengths
+
+
 def coarse_to_fine(progress: float, levels: int = 3) -> tuple[float, ...]:
     """Return the weights of a hierarchy's levels, coarse first, that sum to 1.
 
@@ -197,6 +388,38 @@ def coarse_to_fine(progress: float, levels: int = 3) -> tuple[float, ...]:
     fine = [progress * (level + 1) for level in range(levels)]
     scale = levels * (levels + 1) / 2
     return tuple((a + b) / scale for a, b in zip(coarse, fine, strict=True))
+
+
+def _abar(prior: NoisePredictor, t: Tensor) -> Tensor:
+    """Return abar_t as [B, 1, 1, 1]."""
+    return prior.alphas_cumprod[t].view(-1, 1, 1, 1)
+
+
+def _carrier(latents: Tensor, grad: Tensor) -> Tensor:
+    """Return values [B] whose gradient w.r.t. `latents` is `grad`: half its square."""
+    target = (latents - grad).detach()
+    return 0.5 * (latents - target).square().flatten(1).sum(1)
+
+
+def _unit(noise: Tensor) -> Tensor:
+    """Scale each entry of a batch to an RMS of 1."""
+    return noise / noise.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+
+def _fusion_gradient(prior: NoisePredictor, t: Tensor, difference: Tensor) -> Tensor:
+    """Weigh, scale and clamp as StyleGAN-Fusion does for EG3D."""
+    return ((1 - _abar(prior, t)) * difference / 100).clamp(-1, 1)
+
+
+def _square_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the squared distances of all pairs of tensors [M, ...] and [N, ...], [M, N].
+
+    By a matrix product, which needs no room for differences; centred, lest it cancels.
+    """
+    center = b.mean(0)
+    a, b = (a - center).flatten(1), (b - center).flatten(1)
+    squares = a.square().sum(1, keepdim=True) + b.square().sum(1)  # [M, N]
+    return (squares - 2 * a @ b.mT).clamp_min(0)
 
 
 def _pool(tokens: Tensor, cells: int) -> Tensor:

@@ -82,12 +82,28 @@ def meet(note: object = None, failure: int = 0) -> list:
     return [note for note, _ in brought]
 
 
+def share(batch: int) -> slice:
+    """Return the rows of a batch that this process works on."""
+    length = batch // count()
+    begin = dist.get_rank() * length if dist.is_initialized() else 0
+    return slice(begin, begin + length)
+
+
 def slices(batch: int, most: int | None) -> list[slice]:
-    """Return the rows of a batch that this process works on, at most `most` of them at once."""
-    share = batch // count()
-    begin = dist.get_rank() * share if dist.is_initialized() else 0
-    end, most = begin + share, most or share
-    return [slice(row, min(row + most, end)) for row in range(begin, end, most)]
+    """Return these rows in parts, at most `most` of them at once."""
+    own = share(batch)
+    most = most or batch
+    return [slice(row, min(row + most, own.stop)) for row in range(own.start, own.stop, most)]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, which have equally many, without gradients."""
+    if not dist.is_initialized():
+        return rows
+    meet()
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def add_up(gradients: Sequence[Tensor], numbers: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
     python train.py --prompt "a bronze statue"
     python train.py --image statue.jpg --out runs/statue
 
-The method is GCA-3D (arXiv:2412.15491). Writes a run folder: config.json, log.jsonl (a row per
+The method is GCA-3D (arXiv:2412.15491) or, with --method, another. Writes a run folder: config.json, log.jsonl (a row per
 step), grid-<step>.png (source heads above adapted ones), ckpt-<step>.pt (for a resume) and
 generator.safetensors (the result, for render.py). The same command resumes a run that was stopped.
 Started by torchrun or accelerate launch, it trains on several GPUs, which share every batch.
@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Literal, TextIO
@@ -32,7 +33,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ranks
-from losses import coarse_to_fine, dsds_loss, hsc_loss, sds_loss
+from losses import (
+    clip_direction_loss,
+    coarse_to_fine,
+    dsds_loss,
+    edit_mask,
+    fusion_sds_loss,
+    hsc_loss,
+    keep_loss,
+    perceptual_loss,
+    relative_distance_loss,
+    score_direction_loss,
+    score_reconstruction_loss,
+    sds_loss,
+)
 from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
@@ -55,12 +69,26 @@ from runs import (
     trim_log,
 )
 
+# Weights that a row does not name are 0.
 METHODS = {
     # Depth-aware SDS with hierarchical spatial consistency.
-    "gca3d": {"depth_scale": 1.0, "mask": True, "hsc_weight": 1.0, "hsc_temperature": 0.1},
+    "gca3d": {"depth_scale": 1.0, "mask": True, "sds_weight": 1.0, "hsc_weight": 1.0},
     # Plain score distillation, what GCA-3D is compared with.
-    "sds": {"depth_scale": 0.0, "mask": False, "hsc_weight": 0.0, "hsc_temperature": 0.1},
+    "sds": {"sds_weight": 1.0},
+    # StyleGAN-Fusion (arXiv:2212.04473) as its code adapts EG3D's faces, whose weights are of
+    # gradients summed over 64 x 64 latent cells: LPIPS * 2000 / 100.
+    "stylegan-fusion": {
+        "fusion_weight": 1.0,
+        "score_direction_weight": 0.5,
+        "perceptual_weight": 20 / 64**2,
+    },
+    # DiffusionGAN3D (arXiv:2312.16837); its weights are not public.
+    "diffusiongan3d": {"sds_weight": 1.0, "distance_weight": 1.0},
+    # StyleGAN-NADA (arXiv:2108.00946), the baseline of all these papers.
+    "nada": {"clip_direction_weight": 1.0},
 }
+# What --edit changes of a method; others have no local edits.
+EDITS = {"diffusiongan3d": {"keep_weight": 10.0}}
 STABLE_DIFFUSION = {
     "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "adapters": ("lllyasviel/control_v11f1p_sd15_depth", "h94/IP-Adapter"),
@@ -77,6 +105,7 @@ STABLE_DIFFUSION = {
 }
 BASES = {
     "puppets": {
+        "source_prompt": "a photo of a person",
         "generator": "checkpoints/puppets/generator.safetensors",
         "diffusion": "checkpoints/puppets/diffusion",
         "features": "checkpoints/puppets/dino",
@@ -89,18 +118,24 @@ BASES = {
         "save_every": 25,
         "grid_every": 25,
     },
-    "ffhq": STABLE_DIFFUSION,
+    "ffhq": STABLE_DIFFUSION | {"source_prompt": "a photo of a person"},
     # Cats as StyleGAN-Fusion turns them into dogs.
-    "afhq": STABLE_DIFFUSION | {"steps": 2000, "t_range": (0.01, 0.3)},
+    "afhq": STABLE_DIFFUSION
+    | {"source_prompt": "a photo of a cat", "steps": 2000, "t_range": (0.01, 0.3)},
 }
 # EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
 EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
 
-# Names of the parameters that learn, per method. Biases, const and noise strengths stay: they would
-# let every head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them too).
-LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.weight")
+# Names of the parameters that learn, per method. Where biases, const and noise strengths do, they
+# let every head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them).
+LEARNS = {
+    **dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.weight"),
+    "diffusiongan3d": r"backbone\.synthesis\.(?!.*\.torgb\.).*",
+    "nada": r"backbone\.synthesis\..*",
+}
+LEARNS_EDIT = {"diffusiongan3d": r"backbone\.synthesis\..*"}
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
@@ -111,10 +146,12 @@ POSITIVE = {"lr", "hsc_temperature"}
 LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
 AT_LEAST = {
     **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
-    **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
+    **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale"), 0),
 }
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
+EDIT_LEVELS = (0.3, 0.5, 0.7)  # Diffusion times that show where an edit belongs.
+REFERENCE_HEADS = 64  # Of the source, whose mean a picture's CLIP direction starts from.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
 GRID_SEEDS = list(range(8))
 
@@ -125,12 +162,16 @@ class Config:
 
     prompt: str | None = None  # Target domain in words, such as "a bronze statue".
     image: Path | None = None  # Target domain as one picture; with a prompt, both count.
+    edit: str | None = None
+    """Local edit, instead of a prompt, such as "a person with green hair" (--method diffusiongan3d):
+    what it does not concern is kept."""
     out: Path | None = None  # Run folder; None: runs/ and the prompt's words.
 
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
     """World of the generator: its presets. Only puppets comes with a generator; for the others give
     one of EG3D's .pkl."""
-    method: Literal["gca3d", "sds"] = "gca3d"  # Objective: its presets.
+    method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada"] = "gca3d"
+    """Objective and what learns: its presets."""
     generator: str | None = None
     """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
     run folder."""
@@ -141,14 +182,19 @@ class Config:
     lora: tuple[str] | tuple[str, float] | None = None
     """LoRA added to the prior, a file, folder or hub id (user/repo/file), and its weight."""
     vae: str | None = None  # Other VAE of the prior, or TAESD (faster, coarser), folder or hub id.
-    features: str | None = None  # Frozen ViT that HSC compares (DINOv2 or ViT), folder or hub id.
-    clip: str | None = None  # CLIP that scores the log, folder or hub id; no loss uses it.
+    features: str | None = None
+    """Frozen ViT (DINOv2 or ViT) that HSC and the perceptual term compare, folder or hub id."""
+    clip: str | None = None  # CLIP that scores the log, and NADA's; folder or hub id.
+    source_prompt: str | None = None  # The generator's own domain in words.
 
     steps: int | None = None  # Updates of the generator; schedules run over them.
     batch: int | None = None  # Heads per step.
     seed: int = 0  # Together with the step, fixes every random draw.
     lr: float | None = None  # Adam's learning rate.
     trunc: float = 1.0  # Truncation psi of the training heads; 1: the full variety.
+    mapping_camera: Literal["frontal", "render"] = "frontal"
+    """Camera that conditions the mapping network; render, as in StyleGAN-Fusion's code, leaks pose
+    into identity."""
 
     guidance: float | None = None  # Classifier-free guidance scale; 1: none.
     t_range: tuple[float, float] | tuple[float, float, float] | None = None
@@ -158,8 +204,17 @@ class Config:
     """Weight of the picture in the prior; None: 1 with a picture alone, 0.6 beside a prompt."""
     depth_scale: float | None = None  # Weight of the source's depth in the prior; 0: off.
     mask: bool | None = None  # Whether only the source's foreground is adapted.
+    hsc_temperature: float = 0.1  # Softmax temperature of HSC (tau).
+
+    sds_weight: float | None = None  # Score distillation, depth-aware with depth and mask; 0: off.
     hsc_weight: float | None = None  # Hierarchical spatial consistency (lambda); 0: off.
-    hsc_temperature: float | None = None  # Softmax temperature of HSC (tau).
+    fusion_weight: float | None = None  # StyleGAN-Fusion's score distillation; 0: off.
+    score_direction_weight: float | None = None  # Its directional regulariser; 0: off.
+    score_reconstruction_weight: float | None = None  # Its reconstruction regulariser; 0: off.
+    perceptual_weight: float | None = None  # Its LPIPS-type distance to the source; 0: off.
+    distance_weight: float | None = None  # DiffusionGAN3D's relative distance loss; 0: off.
+    keep_weight: float | None = None  # Its reconstruction outside the region of an edit; 0: off.
+    clip_direction_weight: float | None = None  # StyleGAN-NADA's CLIP direction; 0: off.
 
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
@@ -175,17 +230,25 @@ class Config:
     """Compile UNet, ControlNet and VAE (torch.compile): a faster step after a slow first one."""
 
 
+# What a generator makes of a batch: `planes` and all that `synthesis` returns.
+Outputs = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What a term of the objective may look at besides the adapted images; B heads of one step."""
+    """What a term may look at besides the adapted outputs; `b` heads of a step's B."""
 
-    source: dict[str, Tensor]  # The frozen generator's render: image, image_depth, mask, ...
-    t: Tensor  # Diffusion times, [B].
-    noise: Tensor  # [B, 4, h, w].
+    source: Outputs  # The frozen generator's.
+    t: Tensor  # Diffusion times, [b].
+    noise: Tensor  # [b, 4, h, w].
+    noise_again: Tensor  # Another draw, likewise.
     progress: float  # Of the run, in (0, 1].
+    first: int  # Where in the step's batch these heads begin.
+    all_planes: Callable[[], tuple[Tensor, Tensor]]
+    """Planes of all B heads, the copy's and the source's, without gradients."""
 
 
-Term = tuple[float, Callable[[Tensor, Batch], Tensor]]  # Weight, (images, batch) -> losses [B].
+Term = tuple[float, Callable[[Outputs, Batch], Tensor]]  # Weight, (outputs, batch) -> losses [b].
 
 
 @dataclass(frozen=True)
@@ -234,7 +297,7 @@ def adapt(cfg: Config) -> None:
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
     prior = load_prior(cfg, device)
-    vit = load_vit(cfg, device) if cfg.hsc_weight else None
+    vit = load_vit(cfg, device) if cfg.hsc_weight or cfg.perceptual_weight else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
     reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
     training = prepare(cfg, G_src, prior, vit, clip, reference)
@@ -295,13 +358,12 @@ def prepare(
     reference: Tensor | None,
 ) -> Training:
     """Return a run before its first step; the reference picture is [1, 3, S, S]."""
-    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
     target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
-    terms = objective(cfg, prior, condition, vit)
+    terms = objective(cfg, G_src, prior, vit, clip, reference)
 
     # The copy that learns and its moving average.
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
-    weights = learning_weights(G, LEARNS[cfg.method])
+    weights = learning_weights(G, (LEARNS_EDIT if cfg.edit else LEARNS)[cfg.method])
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     return Training(G_src, prior, terms, clip, target, G, G_ema, weights, averages, optimizer)
@@ -322,9 +384,16 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
     z = torch.randn(cfg.batch, G.z_dim).to(device)
     c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
     t = draw_times(cfg, step, prior).to(device)  # [B]
-    noise = draw_noise(cfg, prior).to(device)  # [B, 4, h, w]
+    noise, noise_again = (draw_noise(cfg, prior).to(device) for _ in range(2))  # [B, 4, h, w]
     # Mapping sees the frontal camera: the render camera would leak pose into identity.
-    ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
+    conditioning = {"frontal": G.cameras.frontal(cfg.batch).to(device), "render": c}
+    ws = G.mapping(z, conditioning[cfg.mapping_camera], cfg.trunc)
+
+    @cache
+    @torch.no_grad()
+    def all_planes() -> tuple[Tensor, Tensor]:
+        own = ws[ranks.share(cfg.batch)]
+        return ranks.gather(G.planes(own, force_fp32=True)), ranks.gather(G_src.planes(own))
 
     row: dict[str, float] = {}  # Means over the batch.
     training.optimizer.zero_grad()
@@ -333,18 +402,23 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
         # What learns is in float32, for gradients too small for half precision.
         with torch.no_grad():
             torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-            source = G_src.synthesis(ws, c, rows=rows)
+            source = draw_heads(G_src, ws, c, rows)
         torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-        images = G.synthesis(ws, c, force_fp32=True, rows=rows)["image"]  # [b, 3, R, R]
+        adapted = draw_heads(G, ws, c, rows, force_fp32=True)
 
-        # Sum the terms' gradients at the images, then go back through the generator once.
-        batch = Batch(source, t[rows], noise[rows], step / cfg.steps)
-        gradient, scores = image_gradient(training.terms, images, batch)
-        images.backward(gradient / cfg.batch)
+        # Sum the terms' gradients at the outputs, then go back through the generator once.
+        draws = (t[rows], noise[rows], noise_again[rows])
+        batch = Batch(source, *draws, step / cfg.steps, rows.start, all_planes)
+        gradients, scores = output_gradients(training.terms, adapted, batch)
+        torch.autograd.backward(
+            [adapted[name] for name in gradients],
+            [gradient / cfg.batch for gradient in gradients.values()],
+        )
         with torch.no_grad():
-            scores["clip"] = (training.clip.images(images) @ training.target.T).mean().item()
+            embeds = training.clip.images(adapted["image"])
+            scores["clip"] = (embeds @ training.target.T).mean().item()
         for name, score in scores.items():
-            row[name] = row.get(name, 0.0) + score * len(images) / cfg.batch
+            row[name] = row.get(name, 0.0) + score * len(embeds) / cfg.batch
 
     # Add up the processes' gradients, and refuse what is no number.
     gradients = [weight.grad for weight in weights.values()]
@@ -359,12 +433,22 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
     return row
 
 
-def resolve(cfg: Config) -> Config:
-    """Fill in what the user left open: user > (base, method) > base > method.
+def draw_heads(
+    G: TriPlaneGenerator, ws: Tensor, c: Tensor, rows: slice, force_fp32: bool = False
+) -> Outputs:
+    """Render some heads of a batch, and return all that is made of them on the way."""
+    planes = G.planes(ws[rows], force_fp32=force_fp32)
+    out = G.synthesis(ws, c, planes=planes, force_fp32=force_fp32, rows=rows)
+    return out | {"planes": planes}
 
-    A blank prompt counts as none.
+
+def resolve(cfg: Config) -> Config:
+    """Fill in what the user left open: user > (base, method) > base > edit > method.
+
+    A blank prompt counts as none; an edit is the prompt as well.
     """
     cfg = replace(cfg, prompt=cfg.prompt if cfg.prompt and cfg.prompt.strip() else None)
+    cfg = replace(cfg, prompt=cfg.prompt or cfg.edit)
     given = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"generator", "diffusion", "vae", "features", "clip"} & given.keys():
@@ -375,18 +459,22 @@ def resolve(cfg: Config) -> Config:
         file, scale = (*cfg.lora, 1.0)[:2]
         given["lora"] = (portable(file), scale)
     words = re.findall(r"\w+", cfg.prompt or (cfg.image.stem if cfg.image else ""))
-    computed = {
+    computed = {name: 0.0 for name in vars(cfg) if name.endswith("_weight")} | {
+        "depth_scale": 0.0,
+        "mask": False,
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if cfg.prompt and cfg.image else 1.0,
     }
+    method = METHODS[cfg.method] | (EDITS.get(cfg.method, {}) if cfg.edit else {})
     tuned = TUNED.get((cfg.base, cfg.method), {})
-    return replace(cfg, **(computed | METHODS[cfg.method] | BASES[cfg.base] | tuned | given))
+    return replace(cfg, **(computed | method | BASES[cfg.base] | tuned | given))
 
 
 def describe_presets() -> str:
     """Return what --base and --method set, one line each, for --help."""
     presets = {"base": BASES, "method": METHODS}
     rows = {f"--{kind} {name}": row for kind in presets for name, row in presets[kind].items()}
+    rows |= {f"--method {method} --edit": row for method, row in EDITS.items()}
     rows |= {f"--base {base} --method {method}": row for (base, method), row in TUNED.items()}
     return "\n".join(
         f"{flags}: " + ", ".join(f"{option} {value}" for option, value in row.items())
@@ -402,6 +490,12 @@ def check_options(cfg: Config) -> None:
     """
     if cfg.prompt is None and cfg.image is None:
         raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
+    if cfg.edit is not None and cfg.method not in EDITS:
+        raise ValueError(f"--edit needs --method {' or '.join(EDITS)}, got {cfg.method}")
+    if cfg.edit not in (None, cfg.prompt):
+        raise ValueError(f"--edit stands for a prompt, so no --prompt with it, got {cfg.prompt!r}")
+    if cfg.keep_weight and cfg.prompt is None:
+        raise ValueError("--keep-weight needs words that tell the region: --edit or --prompt")
     if cfg.generator is None:
         raise ValueError(
             f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
@@ -416,8 +510,14 @@ def check_options(cfg: Config) -> None:
                 raise ValueError(f"{flag} must be a finite number, got {part}")
         if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
+        if name.endswith("_weight") and value < 0:
+            raise ValueError(f"{flag} must be at least 0, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
+    if cfg.distance_weight and cfg.batch < 2:
+        raise ValueError(
+            f"--distance-weight compares heads: --batch must be 2 or more, got {cfg.batch}"
+        )
     if cfg.batch > LARGEST_BATCH:
         raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
     if cfg.batch % ranks.count():
@@ -512,14 +612,14 @@ def prior_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 
 def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
-    """Load the ViT whose tokens HSC compares.
+    """Load the ViT whose tokens HSC and the perceptual term compare.
 
     Raises:
         ValueError: it cannot be loaded, or has fewer tokens than HSC's finest level.
     """
     vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
     finest = max(cells or 1 for cells in HSC_GRIDS)
-    if vit.grid < finest:
+    if cfg.hsc_weight and vit.grid < finest:
         raise ValueError(
             f"--features {cfg.features} gives {vit.grid} x {vit.grid} tokens, "
             f"and --hsc-weight needs at least {finest} x {finest}"
@@ -528,14 +628,28 @@ def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
 
 
 def objective(
-    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
+    cfg: Config,
+    G_src: TriPlaneGenerator,
+    prior: DiffusionPrior,
+    vit: TokenFeatures | None,
+    clip: ClipFeatures,
+    reference: Tensor | None,
 ) -> dict[str, Term]:
-    """Return L = L_DSDS + lambda L_HSC as terms, under the names they are logged by."""
+    """Return the terms of all methods with their weights, under the names they are logged by."""
+    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
+    # What words say beside those for what is there.
+    edit = Condition(prior.encode_text([cfg.source_prompt, cfg.prompt or ""]))
     # Without depth, mask or both, L_DSDS is plain SDS with what is left of them.
     distillation = dsds_loss if cfg.depth_scale and cfg.mask else sds_loss
+    quarters = [round(vit.depth * part / 4) for part in range(1, 5)] if vit else []
+    if cfg.clip_direction_weight:
+        direction = clip_direction(cfg, G_src, clip, reference)  # [1, D]
 
-    def sds(images: Tensor, batch: Batch) -> Tensor:
-        latents = prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
+    def encode(images: Tensor) -> Tensor:
+        return prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
+
+    def sds(adapted: Outputs, batch: Batch) -> Tensor:
+        latents = encode(adapted["image"])
         depth, mask = batch.source["image_depth"], batch.source["mask"]  # [B, 1, n, n]
         depth = depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None
         mask = mask if cfg.mask else None
@@ -543,41 +657,121 @@ def objective(
             prior, latents, condition, batch.t, batch.noise, cfg.guidance, depth, mask
         )
 
-    def hsc(images: Tensor, batch: Batch) -> Tensor:
-        tokens, tokens_src = vit.tokens(images), vit.tokens(batch.source["image"])  # [B, g, g, D]
+    def hsc(adapted: Outputs, batch: Batch) -> Tensor:
+        tokens, tokens_src = vit.tokens(adapted["image"]), vit.tokens(batch.source["image"])
         level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
         mask = batch.source["mask"] if cfg.mask else None
         return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature, mask)
 
+    # StyleGAN-Fusion's, which clamps images.
+
+    def fusion(adapted: Outputs, batch: Batch) -> Tensor:
+        latents = encode(adapted["image"].clamp(-1, 1))
+        return fusion_sds_loss(prior, latents, condition, batch.t, batch.noise, cfg.guidance)
+
+    def score_direction(adapted: Outputs, batch: Batch) -> Tensor:
+        latents, latents_src = encode_both(adapted, batch)
+        noise = batch.noise_again
+        return score_direction_loss(
+            prior, latents, latents_src, condition, batch.t, noise, cfg.guidance
+        )
+
+    def score_reconstruction(adapted: Outputs, batch: Batch) -> Tensor:
+        latents, latents_src = encode_both(adapted, batch)
+        noise = batch.noise_again
+        return score_reconstruction_loss(
+            prior, latents, latents_src, condition, batch.t, noise, cfg.guidance
+        )
+
+    def encode_both(adapted: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+        return tuple(encode(out["image"].clamp(-1, 1)) for out in (adapted, batch.source))
+
+    def perceptual(adapted: Outputs, batch: Batch) -> Tensor:
+        images, images_src = (out["image"].clamp(-1, 1) for out in (adapted, batch.source))
+        return perceptual_loss(vit.layers(images, quarters), vit.layers(images_src, quarters))
+
+    # DiffusionGAN3D's.
+
+    def distance(adapted: Outputs, batch: Batch) -> Tensor:
+        planes, planes_src = adapted["planes"], batch.source["planes"]  # [b, 3, C, P, P]
+        return relative_distance_loss(planes, planes_src, *batch.all_planes(), batch.first)
+
+    def keep(adapted: Outputs, batch: Batch) -> Tensor:
+        latents_src = encode(batch.source["image"])
+        mask = edit_mask(prior, latents_src, edit, batch.noise, EDIT_LEVELS)  # [B, 1, h, w]
+        return keep_loss(adapted["image"], batch.source["image"], mask)
+
+    def clip_direction_term(adapted: Outputs, batch: Batch) -> Tensor:
+        embeds, embeds_src = clip.images(adapted["image"]), clip.images(batch.source["image"])
+        return clip_direction_loss(embeds, embeds_src, direction)
+
+    # So that weights mean the same at every latent size.
     cells = (prior.image_size // prior.vae_scale_factor) ** 2
     return {
-        "sds": (1 / cells, sds),  # So that weights mean the same at every latent size.
+        "sds": (cfg.sds_weight / cells, sds),
         "hsc": (cfg.hsc_weight, hsc),
+        "fusion": (cfg.fusion_weight / cells, fusion),
+        "score_direction": (cfg.score_direction_weight / cells, score_direction),
+        "score_reconstruction": (cfg.score_reconstruction_weight / cells, score_reconstruction),
+        "perceptual": (cfg.perceptual_weight, perceptual),
+        "distance": (cfg.distance_weight, distance),
+        "keep": (cfg.keep_weight, keep),
+        "clip_direction": (cfg.clip_direction_weight, clip_direction_term),
     }
 
 
-def image_gradient(
-    terms: dict[str, Term], images: Tensor, batch: Batch
-) -> tuple[Tensor, dict[str, float]]:
-    """Sum the gradients of all terms at the images; terms of weight 0 are not computed.
+@torch.no_grad()
+def clip_direction(
+    cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures, reference: Tensor | None
+) -> Tensor:
+    """Return the direction from the source domain to the target in CLIP's space, [1, D].
+
+    Of words, from the source's prompt to the target's; of a picture, from the mean of source heads;
+    of both, half-way between the two.
+    """
+    directions = []
+    if cfg.prompt:
+        directions.append(clip.text([cfg.prompt]) - clip.text([cfg.source_prompt]))
+    if reference is not None:
+        device = clip.model.device
+        torch.manual_seed(step_seed(cfg.seed, 0))
+        z, c = torch.randn(REFERENCE_HEADS, G_src.z_dim), G_src.cameras.sample(REFERENCE_HEADS)
+        heads = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
+        frontal = G_src.cameras.frontal().to(device)
+        images = [
+            G_src.synthesis(G_src.mapping(z, frontal, cfg.trunc), c)["image"] for z, c in heads
+        ]
+        embeds = torch.cat([clip.images(image) for image in images])  # [N, D]
+        directions.append(clip.images(reference) - embeds.mean(0, keepdim=True))
+    return F.normalize(sum(F.normalize(d, dim=1) for d in directions), dim=1)
+
+
+def output_gradients(
+    terms: dict[str, Term], outputs: Outputs, batch: Batch
+) -> tuple[Outputs, dict[str, float]]:
+    """Sum the gradients of all terms at the generator's outputs; those of weight 0 are not computed.
 
     Each term's graph is freed before the next is built, and none reaches into the generator.
 
     Returns:
-        The gradient, [B, 3, R, R], and for the log each term's mean `<name>` and the mean norm of
-        its gradient `<name>_grad`, weights included.
+        The gradient at each output that a term looks at, and for the log each term's mean `<name>`
+        and the mean norm of its gradient `<name>_grad`, weights included.
     """
-    leaf = images.detach().requires_grad_()
-    total, row = torch.zeros_like(leaf), {}
+    leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
+    totals: Outputs = {}
+    row: dict[str, float] = {}
     for name, (weight, loss) in terms.items():
         if weight == 0:
             continue
-        losses = loss(leaf, batch)  # [B]
-        gradient = weight * torch.autograd.grad(losses.sum(), leaf)[0]  # [B, 3, R, R]
-        total += gradient
+        losses = loss(leaves, batch)  # [b]
+        found = torch.autograd.grad(losses.sum(), leaves.values(), allow_unused=True)
+        gradients = {k: weight * g for k, g in zip(leaves, found, strict=True) if g is not None}
+        for output, gradient in gradients.items():
+            totals[output] = totals.get(output, 0) + gradient
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
         row[name] = weight * losses.mean().item()
-        row[f"{name}_grad"] = gradient.flatten(1).norm(dim=1).mean().item()
-    return total, row
+        row[f"{name}_grad"] = flat.norm(dim=1).mean().item()
+    return totals, row
 
 
 def draw_times(cfg: Config, step: int, prior: DiffusionPrior) -> Tensor:

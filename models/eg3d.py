@@ -217,7 +217,8 @@ class TriPlaneGenerator(nn.Module):
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
             super-resolution, `image_depth` [B, 1, n, n], opacity `acc` [B, 1, n, n] and the
             foreground `mask` [B, 1, n, n]: acc, faded out beyond
-            rendering_kwargs["foreground_depth"] if that is given. EG3D's 2X and 4X models add a
+            rendering_kwargs["foreground_depth"] if that is given; and the `features`
+            [B, C, n, n] that super-resolution saw. EG3D's 2X and 4X models add a
             super-resolution term to their image_raw by mistake; here it is the clean one.
 
         Raises:
@@ -245,6 +246,7 @@ class TriPlaneGenerator(nn.Module):
             "image_depth": depth,
             "acc": acc,
             "mask": self._foreground(depth, acc),
+            "features": features,
         }
         if superresolve:
             out["image"] = self.superresolution(

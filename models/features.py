@@ -6,6 +6,7 @@ Gradients flow to the images, never to the networks.
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -130,6 +131,11 @@ class TokenFeatures:
         """Tokens per side, g."""
         return self.size // self.model.config.patch_size
 
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.model.config.num_hidden_layers
+
     def tokens(self, images: Tensor) -> Tensor:
         """Return the final, layer-normalised patch tokens [B, g, g, D] of images [B, 3, H, W].
 
@@ -137,7 +143,7 @@ class TokenFeatures:
         """
         return self._grid(self.model(self._preprocess(images)).last_hidden_state)
 
-    def layers(self, images: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
+    def layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """Return the patch tokens [B, g, g, D] after the layers `indices`; 0 is the embedding."""
         states = self.model(self._preprocess(images), output_hidden_states=True).hidden_states
         return [self._grid(states[index]) for index in indices]
