@@ -230,7 +230,7 @@ def score_direction_loss(
     noise: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Directional regulariser (StyleGAN-Fusion, arXiv:2212.04473, its code's Directional_loss 1).
+    """Directional regulariser (StyleGAN-Fusion, arXiv:2212.04473, its Directional_loss 1).
 
     The gradient is (1 - abar_t) * (unit(eps_hat(latents_t)) - unit(eps_hat(latents_src_t))) / 100,
     clamped to +-1, both latents under the same noise: 0 where nothing has been adapted yet.
@@ -256,7 +256,7 @@ def score_reconstruction_loss(
     noise: Tensor,
     guidance: float,
 ) -> Tensor:
-    """Reconstruction regulariser (StyleGAN-Fusion, arXiv:2212.04473, its code's Directional_loss 2).
+    """Reconstruction regulariser (StyleGAN-Fusion, arXiv:2212.04473, its Directional_loss 2).
 
     The gradient is (1 - abar_t) * (unit(eps_hat) - unit(r)) / 100, clamped to +-1, where r is the
     gradient of |latents_0 - latents_src|^2 at eps_hat, latents_0 the clean latents that eps_hat

@@ -3,11 +3,12 @@
     python train.py --prompt "a bronze statue"
     python train.py --image statue.jpg --out runs/statue
 
-The method is GCA-3D (arXiv:2412.15491) or, with --method, another. Writes a run folder: config.json, log.jsonl (a row per
-step), grid-<step>.png (source heads above adapted ones), ckpt-<step>.pt (for a resume) and
-generator.safetensors (the result, for render.py). The same command resumes a run that was stopped.
-Started by torchrun or accelerate launch, it trains on several GPUs, which share every batch.
-Options that are None here are set by the presets of --base and --method, which --help lists.
+The method is GCA-3D (arXiv:2412.15491) or, with --method, one it is compared with. Writes a run
+folder: config.json, log.jsonl (a row per step), grid-<step>.png (source heads above adapted ones),
+ckpt-<step>.pt (for a resume) and generator.safetensors (the result, for render.py). The same
+command resumes a run that was stopped. Started by torchrun or accelerate launch, it trains on
+several GPUs, which share every batch. Options that are None here are set by the presets of --base
+and --method, which --help lists.
 """
 
 import copy
@@ -21,7 +22,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from math import isfinite
 from pathlib import Path
 from typing import Literal, TextIO
@@ -163,7 +164,7 @@ class Config:
     prompt: str | None = None  # Target domain in words, such as "a bronze statue".
     image: Path | None = None  # Target domain as one picture; with a prompt, both count.
     edit: str | None = None
-    """Local edit, instead of a prompt, such as "a person with green hair" (--method diffusiongan3d):
+    """Local edit instead of a prompt, such as "a person with green hair" (--method diffusiongan3d):
     what it does not concern is kept."""
     out: Path | None = None  # Run folder; None: runs/ and the prompt's words.
 
@@ -515,9 +516,7 @@ def check_options(cfg: Config) -> None:
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if cfg.distance_weight and cfg.batch < 2:
-        raise ValueError(
-            f"--distance-weight compares heads: --batch must be 2 or more, got {cfg.batch}"
-        )
+        raise ValueError(f"--distance-weight needs a --batch of at least 2, got {cfg.batch}")
     if cfg.batch > LARGEST_BATCH:
         raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
     if cfg.batch % ranks.count():
@@ -637,20 +636,24 @@ def objective(
 ) -> dict[str, Term]:
     """Return the terms of all methods with their weights, under the names they are logged by."""
     condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
-    # What words say beside those for what is there.
-    edit = Condition(prior.encode_text([cfg.source_prompt, cfg.prompt or ""]))
+    return (
+        gca3d_terms(cfg, prior, condition, vit)
+        | fusion_terms(cfg, prior, condition, vit)
+        | diffusiongan3d_terms(cfg, prior)
+        | nada_terms(cfg, G_src, clip, reference)
+    )
+
+
+def gca3d_terms(
+    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
+) -> dict[str, Term]:
+    """Return L = L_DSDS + lambda L_HSC."""
     # Without depth, mask or both, L_DSDS is plain SDS with what is left of them.
     distillation = dsds_loss if cfg.depth_scale and cfg.mask else sds_loss
-    quarters = [round(vit.depth * part / 4) for part in range(1, 5)] if vit else []
-    if cfg.clip_direction_weight:
-        direction = clip_direction(cfg, G_src, clip, reference)  # [1, D]
-
-    def encode(images: Tensor) -> Tensor:
-        return prior.encode_images(resize(images, prior.image_size))  # [B, 4, h, w]
 
     def sds(adapted: Outputs, batch: Batch) -> Tensor:
-        latents = encode(adapted["image"])
-        depth, mask = batch.source["image_depth"], batch.source["mask"]  # [B, 1, n, n]
+        latents = encode(prior, adapted["image"])
+        depth, mask = batch.source["image_depth"], batch.source["mask"]  # [b, 1, n, n]
         depth = depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None
         mask = mask if cfg.mask else None
         return distillation(
@@ -663,61 +666,79 @@ def objective(
         mask = batch.source["mask"] if cfg.mask else None
         return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature, mask)
 
-    # StyleGAN-Fusion's, which clamps images.
+    return {"sds": (cfg.sds_weight / cells(prior), sds), "hsc": (cfg.hsc_weight, hsc)}
+
+
+def fusion_terms(
+    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
+) -> dict[str, Term]:
+    """Return StyleGAN-Fusion's SDS, its two regularisers and its perceptual term."""
+    quarters = [round(vit.depth * part / 4) for part in range(1, 5)] if vit else []
+
+    def images(adapted: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+        return tuple(out["image"].clamp(-1, 1) for out in (adapted, batch.source))
 
     def fusion(adapted: Outputs, batch: Batch) -> Tensor:
-        latents = encode(adapted["image"].clamp(-1, 1))
+        latents = encode(prior, adapted["image"].clamp(-1, 1))
         return fusion_sds_loss(prior, latents, condition, batch.t, batch.noise, cfg.guidance)
 
-    def score_direction(adapted: Outputs, batch: Batch) -> Tensor:
-        latents, latents_src = encode_both(adapted, batch)
-        noise = batch.noise_again
-        return score_direction_loss(
-            prior, latents, latents_src, condition, batch.t, noise, cfg.guidance
-        )
-
-    def score_reconstruction(adapted: Outputs, batch: Batch) -> Tensor:
-        latents, latents_src = encode_both(adapted, batch)
-        noise = batch.noise_again
-        return score_reconstruction_loss(
-            prior, latents, latents_src, condition, batch.t, noise, cfg.guidance
-        )
-
-    def encode_both(adapted: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-        return tuple(encode(out["image"].clamp(-1, 1)) for out in (adapted, batch.source))
+    def regulariser(loss: Callable[..., Tensor], adapted: Outputs, batch: Batch) -> Tensor:
+        latents = (encode(prior, x) for x in images(adapted, batch))  # Adapted, source.
+        return loss(prior, *latents, condition, batch.t, batch.noise_again, cfg.guidance)
 
     def perceptual(adapted: Outputs, batch: Batch) -> Tensor:
-        images, images_src = (out["image"].clamp(-1, 1) for out in (adapted, batch.source))
-        return perceptual_loss(vit.layers(images, quarters), vit.layers(images_src, quarters))
+        return perceptual_loss(*(vit.layers(x, quarters) for x in images(adapted, batch)))
 
-    # DiffusionGAN3D's.
+    direction, reconstruction = (
+        partial(regulariser, loss) for loss in (score_direction_loss, score_reconstruction_loss)
+    )
+    return {
+        "fusion": (cfg.fusion_weight / cells(prior), fusion),
+        "score_direction": (cfg.score_direction_weight / cells(prior), direction),
+        "score_reconstruction": (cfg.score_reconstruction_weight / cells(prior), reconstruction),
+        "perceptual": (cfg.perceptual_weight, perceptual),
+    }
+
+
+def diffusiongan3d_terms(cfg: Config, prior: DiffusionPrior) -> dict[str, Term]:
+    """Return DiffusionGAN3D's relative distance and, for local edits, its reconstruction."""
+    # What the prompt says beside what is there.
+    edit = Condition(prior.encode_text([cfg.source_prompt, cfg.prompt or ""]))
 
     def distance(adapted: Outputs, batch: Batch) -> Tensor:
         planes, planes_src = adapted["planes"], batch.source["planes"]  # [b, 3, C, P, P]
         return relative_distance_loss(planes, planes_src, *batch.all_planes(), batch.first)
 
     def keep(adapted: Outputs, batch: Batch) -> Tensor:
-        latents_src = encode(batch.source["image"])
-        mask = edit_mask(prior, latents_src, edit, batch.noise, EDIT_LEVELS)  # [B, 1, h, w]
+        latents_src = encode(prior, batch.source["image"])
+        mask = edit_mask(prior, latents_src, edit, batch.noise, EDIT_LEVELS)  # [b, 1, h, w]
         return keep_loss(adapted["image"], batch.source["image"], mask)
 
-    def clip_direction_term(adapted: Outputs, batch: Batch) -> Tensor:
-        embeds, embeds_src = clip.images(adapted["image"]), clip.images(batch.source["image"])
-        return clip_direction_loss(embeds, embeds_src, direction)
+    return {"distance": (cfg.distance_weight, distance), "keep": (cfg.keep_weight, keep)}
 
-    # So that weights mean the same at every latent size.
-    cells = (prior.image_size // prior.vae_scale_factor) ** 2
-    return {
-        "sds": (cfg.sds_weight / cells, sds),
-        "hsc": (cfg.hsc_weight, hsc),
-        "fusion": (cfg.fusion_weight / cells, fusion),
-        "score_direction": (cfg.score_direction_weight / cells, score_direction),
-        "score_reconstruction": (cfg.score_reconstruction_weight / cells, score_reconstruction),
-        "perceptual": (cfg.perceptual_weight, perceptual),
-        "distance": (cfg.distance_weight, distance),
-        "keep": (cfg.keep_weight, keep),
-        "clip_direction": (cfg.clip_direction_weight, clip_direction_term),
-    }
+
+def nada_terms(
+    cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures, reference: Tensor | None
+) -> dict[str, Term]:
+    """Return StyleGAN-NADA's CLIP direction."""
+    if cfg.clip_direction_weight:
+        target = clip_direction(cfg, G_src, clip, reference)  # [1, D]
+
+    def direction(adapted: Outputs, batch: Batch) -> Tensor:
+        embeds, embeds_src = clip.images(adapted["image"]), clip.images(batch.source["image"])
+        return clip_direction_loss(embeds, embeds_src, target)
+
+    return {"clip_direction": (cfg.clip_direction_weight, direction)}
+
+
+def encode(prior: DiffusionPrior, images: Tensor) -> Tensor:
+    """Return the latents of images of any size, [B, 4, h, w]."""
+    return prior.encode_images(resize(images, prior.image_size))
+
+
+def cells(prior: DiffusionPrior) -> int:
+    """Return h * w of the latents, by which weights are divided to mean the same at every size."""
+    return (prior.image_size // prior.vae_scale_factor) ** 2
 
 
 @torch.no_grad()
@@ -733,23 +754,26 @@ def clip_direction(
     if cfg.prompt:
         directions.append(clip.text([cfg.prompt]) - clip.text([cfg.source_prompt]))
     if reference is not None:
-        device = clip.model.device
-        torch.manual_seed(step_seed(cfg.seed, 0))
-        z, c = torch.randn(REFERENCE_HEADS, G_src.z_dim), G_src.cameras.sample(REFERENCE_HEADS)
-        heads = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
-        frontal = G_src.cameras.frontal().to(device)
-        images = [
-            G_src.synthesis(G_src.mapping(z, frontal, cfg.trunc), c)["image"] for z, c in heads
-        ]
-        embeds = torch.cat([clip.images(image) for image in images])  # [N, D]
-        directions.append(clip.images(reference) - embeds.mean(0, keepdim=True))
+        directions.append(clip.images(reference) - mean_embedding(cfg, G_src, clip))
     return F.normalize(sum(F.normalize(d, dim=1) for d in directions), dim=1)
+
+
+def mean_embedding(cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures) -> Tensor:
+    """Return the mean of CLIP's embeddings of the source's heads, [1, D]."""
+    device, embeds = clip.model.device, []
+    torch.manual_seed(step_seed(cfg.seed, 0))
+    z, c = torch.randn(REFERENCE_HEADS, G_src.z_dim), G_src.cameras.sample(REFERENCE_HEADS)
+    frontal = G_src.cameras.frontal().to(device)
+    for one, camera in zip(z.to(device).split(1), c.to(device).split(1), strict=True):
+        ws = G_src.mapping(one, frontal, cfg.trunc)
+        embeds.append(clip.images(G_src.synthesis(ws, camera)["image"]))
+    return torch.cat(embeds).mean(0, keepdim=True)
 
 
 def output_gradients(
     terms: dict[str, Term], outputs: Outputs, batch: Batch
 ) -> tuple[Outputs, dict[str, float]]:
-    """Sum the gradients of all terms at the generator's outputs; those of weight 0 are not computed.
+    """Sum the gradients of all terms at the outputs; terms of weight 0 are not computed.
 
     Each term's graph is freed before the next is built, and none reaches into the generator.
 

@@ -64,7 +64,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 29
+    assert len(flags) <= 44
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -108,7 +108,8 @@ def test_help_lists_every_preset(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_cli(train.Config, train.main, f"{train.__doc__}\n{train.describe_presets()}")
     text = " ".join(capsys.readouterr().out.split())
-    for preset in (*train.METHODS.values(), *train.BASES.values(), *train.TUNED.values()):
+    presets = (train.METHODS, train.EDITS, train.BASES, train.TUNED)
+    for preset in (row for rows in presets for row in rows.values()):
         assert all(f"{option} {value}" in text for option, value in preset.items())
 
 
@@ -208,6 +209,18 @@ BAD = {
     },
     "coarse features": (coarse_features, "--features"),
     "strange cameras": (strange_cameras, "foo"),
+    "a batch of one for distances": (
+        lambda _: {"method": "diffusiongan3d", "batch": 1},
+        "--distance-weight needs a --batch of at least 2, got 1",
+    ),
+    "edit beside a prompt": (
+        lambda _: {"method": "diffusiongan3d", "edit": "a robot"},
+        "--edit stands for a prompt",
+    ),
+    "picture to keep outside of": (
+        lambda _: {"prompt": None, "image": "x.png", "keep_weight": 1},
+        "--keep-weight needs words",
+    ),
     **{
         f"{name} {value}": (lambda _, name=name, value=value: {name: value}, f"--{flag}")
         for name, value, flag in [
@@ -221,6 +234,8 @@ BAD = {
             ("lr", "nan", "lr"),
             ("guidance", "inf", "guidance"),
             ("hsc_weight", -1, "hsc-weight"),
+            ("distance_weight", -1, "distance-weight"),
+            ("edit", "a robot", "edit needs --method diffusiongan3d, got gca3d"),
             ("hsc_temperature", 0, "hsc-temperature"),
             ("trunc", "nan", "trunc"),
         ]
@@ -271,7 +286,11 @@ def test_base_without_a_generator_asks_for_one(tmp_path, call):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 9), ("seed", 1), ("prompt", "a robot"), ("method", "sds"), ("image", "x.png")],
+    [
+        *(("steps", 9), ("seed", 1), ("prompt", "a robot"), ("image", "x.png"), ("method", "sds")),
+        *(("method", "nada"), ("distance_weight", 1), ("mapping_camera", "render")),
+        *(("source_prompt", "a robot"), ("keep_weight", 1)),
+    ],
 )
 def test_run_with_other_settings_is_refused_by_name(tmp_path, call, name, value):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
@@ -384,7 +403,7 @@ def test_bug_inside_the_loop_is_no_bad_option(tmp_path, call, monkeypatch):
 
 
 def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
-    infinite = {"sds": (1.0, lambda images, _: (images * float("inf")).flatten(1).sum(1))}
+    infinite = {"sds": (1.0, lambda out, _: (out["image"] * float("inf")).flatten(1).sum(1))}
     monkeypatch.setattr(train, "objective", lambda *_: infinite)
     code, _, err = call(train, arguments(tmp_path / "run", steps=1))
     assert code == 1

@@ -27,7 +27,12 @@ def test_outputs_have_their_shapes_and_ranges(G):
     out = G.synthesis(*inputs(G))
     shapes = {name: tuple(value.shape) for name, value in out.items()}
     maps = dict.fromkeys(("image_depth", "acc", "mask"), (2, 1, 16, 16))
-    assert shapes == {"image": (2, 3, 32, 32), "image_raw": (2, 3, 16, 16), **maps}
+    sizes = {
+        "image": (2, 3, 32, 32),
+        "image_raw": (2, 3, 16, 16),
+        "features": (2, 8, 16, 16),
+    }
+    assert shapes == sizes | maps
     assert out["image_raw"].abs().max() <= 1.01
     assert out["mask"].min() >= 0 and out["mask"].max() <= 1
 

@@ -7,7 +7,21 @@ import torch
 import torch.nn.functional as F
 from tiny_prior import FakePrior
 
-from losses import coarse_to_fine, dsds_loss, guided_noise, hsc_loss, sds_loss
+from losses import (
+    clip_direction_loss,
+    coarse_to_fine,
+    dsds_loss,
+    edit_mask,
+    fusion_sds_loss,
+    guided_noise,
+    hsc_loss,
+    keep_loss,
+    perceptual_loss,
+    relative_distance_loss,
+    score_direction_loss,
+    score_reconstruction_loss,
+    sds_loss,
+)
 from models.diffusion import Condition
 
 GUIDANCE = 7.5
@@ -199,3 +213,178 @@ def test_level_weights_sum_to_one_and_move_from_coarse_to_fine():
     assert over_time[5] == pytest.approx((0.25,) * 4)
     with pytest.raises(ValueError, match="progress"):
         coarse_to_fine(1.01)
+
+
+# StyleGAN-Fusion.
+
+
+def unit(x):
+    """Scale each entry of a batch to an RMS of 1, by its norm."""
+    return x * (x[0].numel() ** 0.5 / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+
+
+def predicted(latents, t, noise):
+    """Noise that FakePrior predicts with guidance, and the signal's share."""
+    abar = FakePrior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    latents_t = abar.sqrt() * latents.detach() + (1 - abar).sqrt() * noise
+    return (0.1 + GUIDANCE * 0.6) * latents_t, abar
+
+
+def test_fusion_gradient_is_the_closed_form():
+    latents, condition, t, noise = sds_inputs()
+    fusion_sds_loss(FakePrior(), latents, condition, t, noise, GUIDANCE).sum().backward()
+    eps_hat, abar = predicted(latents, t, noise)
+    expected = (1 - abar) * (unit(eps_hat) - unit(noise)) / 100
+    torch.testing.assert_close(latents.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_fusion_gradient_is_blind_to_the_size_of_the_prediction():
+    latents, condition, t, noise = sds_inputs()
+    gradients = []
+    for guidance in (7.5, 100.0):  # FakePrior's direction is the same at any guidance.
+        loss = fusion_sds_loss(FakePrior(), latents, condition, t, noise, guidance)
+        gradients.append(torch.autograd.grad(loss.sum(), latents)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_fusion_gradient_is_clamped():
+    class Spike(FakePrior):
+        def predict_noise(self, latents_t, *_):
+            eps = torch.zeros_like(latents_t)
+            eps[:, 0, 0, 0] = 1  # Of a latent of 4 * 64 * 64: an RMS of 1 / 128.
+            return eps
+
+    latents = torch.zeros(1, 4, 64, 64, requires_grad=True)
+    condition, t = sds_inputs()[1], torch.tensor([999])
+    noise = torch.full((1, 4, 64, 64), 1.0)
+    fusion_sds_loss(Spike(), latents, condition, t, noise, 1.0).sum().backward()
+    assert latents.grad[0, 0, 0, 0] == 1  # 0.99 * (128 - 1) / 100 is more.
+    torch.testing.assert_close(latents.grad[0, 0, 0, 1].item(), -0.99 / 100)
+
+
+def test_score_direction_is_zero_at_the_source_and_closed_form_elsewhere():
+    latents, condition, t, noise = sds_inputs()
+    latents_src = torch.randn(3, 4, 8, 8)
+    inputs = (condition, t, noise, GUIDANCE)
+    alike = score_direction_loss(FakePrior(), latents, latents.detach().clone(), *inputs)
+    assert torch.autograd.grad(alike.sum(), latents)[0].eq(0).all()
+    score_direction_loss(FakePrior(), latents, latents_src, *inputs).sum().backward()
+    (eps_hat, abar), (eps_src, _) = (predicted(x, t, noise) for x in (latents, latents_src))
+    expected = (1 - abar) * (unit(eps_hat) - unit(eps_src)) / 100
+    torch.testing.assert_close(latents.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_score_reconstruction_follows_the_gradient_of_the_clean_latents():
+    latents, condition, t, noise = sds_inputs()
+    latents_src = torch.randn(3, 4, 8, 8)
+    inputs = (condition, t, noise, GUIDANCE)
+    score_reconstruction_loss(FakePrior(), latents, latents_src, *inputs).sum().backward()
+    eps_hat, abar = predicted(latents, t, noise)
+    latents_t = abar.sqrt() * latents.detach() + (1 - abar).sqrt() * noise
+    eps = eps_hat.clone().requires_grad_()
+    clean = (latents_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+    r = torch.autograd.grad((clean - latents_src).square().sum(), eps)[0]
+    expected = (1 - abar) * (unit(eps_hat) - unit(r)) / 100
+    torch.testing.assert_close(latents.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_perceptual_distance_by_hand():
+    right, up = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    tokens = torch.stack([right, 5 * up, -right, right]).view(1, 2, 2, 2)
+    tokens_src = right.expand(1, 2, 2, 2)
+    # Squared distances 0, 2, 4, 0 in one layer, 0 in the other.
+    loss = perceptual_loss([tokens, tokens_src], [3 * tokens_src, tokens_src])
+    assert loss.tolist() == pytest.approx([6 / 4 / 2])
+
+
+# DiffusionGAN3D.
+
+
+def test_relative_distance_by_hand():
+    planes_src = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1, 1)  # Squares 1, 9, 4.
+    planes = torch.tensor([0.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)  # Squares 4, 9, 1.
+    loss = relative_distance_loss(planes, planes_src, planes, planes_src)
+    far, same, near = 4 / 1 - 1, 0, 1 - 1 / 4
+    expected = [(far + same) / 2, (far + near) / 2, (same + near) / 2]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_relative_distance_ignores_what_moves_all_heads_alike():
+    planes_src = torch.randn(4, 3, 2, 5, 5)
+    moved = planes_src + torch.randn(3, 2, 5, 5)
+    loss = relative_distance_loss(moved, planes_src, moved, planes_src)
+    assert loss.max() < 1e-4
+    collapsed = torch.ones_like(planes_src)
+    loss = relative_distance_loss(collapsed, planes_src, collapsed, planes_src)
+    torch.testing.assert_close(loss, torch.ones(4))
+
+
+def test_relative_distance_drives_collapsing_heads_apart():
+    planes_src = torch.randn(3, 3, 2, 4, 4)
+    planes = (0.5 * planes_src).requires_grad_()
+    relative_distance_loss(planes, planes_src, planes, planes_src).mean().backward()
+    stepped = (planes - 0.1 * planes.grad).detach()
+    assert torch.pdist(stepped.flatten(1)).min() > torch.pdist(planes.detach().flatten(1)).min()
+
+
+def test_relative_distance_of_a_part_is_that_part_of_the_whole():
+    planes, planes_src = torch.randn(2, 4, 3, 2, 4, 4)
+    whole, part = (planes[rows].clone().requires_grad_() for rows in (slice(0, 4), slice(1, 3)))
+    losses = relative_distance_loss(whole, planes_src, planes, planes_src)
+    some = relative_distance_loss(part, planes_src[1:3], planes, planes_src, first=1)
+    torch.testing.assert_close(some, losses[1:3])
+    gradient = torch.autograd.grad(losses.sum(), whole)[0]
+    torch.testing.assert_close(torch.autograd.grad(some.sum(), part)[0], gradient[1:3])
+    together = planes.clone().requires_grad_()
+    ratios = torch.pdist(together.flatten(1)).square() / torch.pdist(planes_src.flatten(1)).square()
+    (4 * (ratios - 1).abs().mean()).backward()
+    torch.testing.assert_close(2 * gradient, together.grad)
+
+
+class Painter(FakePrior):
+    """A prior to whose prompt only the upper left quarter of a latent matters."""
+
+    def predict_noise(self, latents_t, t, text, *_):
+        where = torch.zeros_like(latents_t)
+        where[:, :, :4, :4] = 1
+        return latents_t + where * text.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+def test_edit_mask_is_where_the_prompt_matters():
+    latents, condition, _, noise = sds_inputs()
+    mask = edit_mask(Painter(), latents, condition, noise, levels=(0.3, 0.7))
+    assert mask.shape == (3, 1, 8, 8) and not mask.requires_grad
+    assert mask[:, :, :3, :3].min() > 0.99 and mask[:, :, 5:].max() < 0.01
+    assert mask[:, :, :, 5:].max() < 0.01
+
+
+def test_keep_loss_counts_what_lies_outside_the_mask():
+    images, images_src = torch.zeros(2, 3, 4, 4, requires_grad=True), torch.ones(2, 3, 4, 4)
+    images_src[1] *= 2
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :1] = 1
+    loss = keep_loss(images, images_src, mask)
+    assert loss.tolist() == pytest.approx([0.75, 3.0])
+    loss.sum().backward()
+    assert images.grad[:, :, 0].eq(0).all() and images.grad[:, :, 1:].lt(0).all()
+
+
+# StyleGAN-NADA.
+
+
+def test_clip_direction_by_hand():
+    right = torch.tensor([[1.0, 0.0]])
+    source = torch.zeros(4, 2)
+    moved = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [1.0, 1.0]])
+    loss = clip_direction_loss(moved, source, right)
+    assert loss.tolist() == pytest.approx([0, 1, 2, 1 - 0.5**0.5])
+    shifted = clip_direction_loss(moved + 7, source + 7, right)
+    torch.testing.assert_close(shifted, loss)
+
+
+def test_clip_direction_starts_with_a_finite_gradient_along_the_direction():
+    source = F.normalize(torch.randn(2, 5), dim=1)
+    direction = F.normalize(torch.randn(1, 5), dim=1)
+    embeds = source.clone().requires_grad_()
+    clip_direction_loss(embeds, source, direction, shortest=0.1).sum().backward()
+    torch.testing.assert_close(embeds.grad, -direction.expand(2, 5) / 0.1)

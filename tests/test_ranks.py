@@ -146,6 +146,24 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, by_one):
     assert_same_run(tmp_path / "run", by_one)
 
 
+@pytest.fixture(scope="module")
+def distances_by_one(short_runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("distances") / "run"
+    run(out, **SHORT, method="diffusiongan3d")
+    return out
+
+
+def test_distances_of_a_batch_are_the_same_in_micro_batches(tmp_path, distances_by_one):
+    run(tmp_path / "run", **SHORT, method="diffusiongan3d", micro_batch=3)
+    assert_same_run(tmp_path / "run", distances_by_one)
+
+
+def test_distances_of_a_batch_reach_across_processes(launch, tmp_path, distances_by_one):
+    argv = arguments(tmp_path / "run", **SHORT, method="diffusiongan3d", micro_batch=1)
+    assert [code for code, *_ in launch(argv)] == [0, 0]
+    assert_same_run(tmp_path / "run", distances_by_one)
+
+
 def signal_after_two_updates(monkeypatch):
     update, done = train.update_averages, []
 
@@ -229,14 +247,16 @@ def test_refusal_by_one_process_is_one_line_and_leaves_nothing(launch, tmp_path)
 
 
 def spoil_the_third_step(monkeypatch):
-    gradient, done = train.image_gradient, []
+    find, done = train.output_gradients, []
 
     def spoil(*args):
-        total, row = gradient(*args)
+        gradients, row = find(*args)
         done.append(1)
-        return (total * float("nan"), row) if len(done) == 3 else (total, row)
+        if len(done) == 3:
+            gradients["image"] *= float("nan")
+        return gradients, row
 
-    monkeypatch.setattr(train, "image_gradient", spoil)
+    monkeypatch.setattr(train, "output_gradients", spoil)
 
 
 def fill_the_disk(monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
@@ -23,7 +24,7 @@ from losses import hsc_loss, sds_loss
 from models.checkpoint import load_checkpoint, load_generator
 from models.diffusion import DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
-from models.features import TokenFeatures
+from models.features import ClipFeatures, TokenFeatures
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,8 +43,8 @@ def unbroken(short_runs, tmp_path_factory):
 def cheap(monkeypatch):
     """Replace the objective by one without networks: grey images."""
 
-    def grey(images, batch):
-        return images.square().flatten(1).sum(1)
+    def grey(adapted, batch):
+        return adapted["image"].square().flatten(1).sum(1)
 
     monkeypatch.setattr(train, "objective", lambda *_: {"sds": (1.0, grey)})
 
@@ -307,15 +308,26 @@ def test_gradient_reaches_the_learning_weights_only(monkeypatch, tmp_path):
         assert all(w.grad is None and not w.requires_grad for w in network.parameters())
 
 
-@pytest.mark.parametrize("method", train.METHODS)
-def test_only_the_named_weights_change(monkeypatch, tmp_path, method):
-    G_src, G, _ = trained(monkeypatch, tmp_path, method=method)
+EDIT = {"method": "diffusiongan3d", "edit": "a bronze statue", "prompt": None}
+METHODS = [*({"method": method} for method in train.METHODS), EDIT]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=str)
+def test_only_what_the_method_says_changes(monkeypatch, tmp_path, changes):
+    def learns(name):
+        if changes["method"] in ("diffusiongan3d", "nada"):
+            frozen = "torgb" if changes["method"] == "diffusiongan3d" and changes != EDIT else "-"
+            return name.startswith("backbone.synthesis") and frozen not in name
+        return name.endswith(".weight") and "mapping" not in name and "decoder" not in name
+
+    G_src, G, _ = trained(monkeypatch, tmp_path, **changes)
     G_ema = load_generator(tmp_path / "run")
-    before = G_src.state_dict()
+    before = dict(G_src.named_parameters())
     for network in (G, G_ema):
-        for name, value in network.state_dict().items():
-            learns = name.endswith(".weight") and "mapping" not in name and "decoder" not in name
-            assert torch.equal(value, before[name]) != learns, name
+        for name, value in network.named_parameters():
+            assert torch.equal(value, before[name]) != learns(name), name
+        buffers = dict(network.named_buffers())
+        assert all(torch.equal(x, buffers[name]) for name, x in G_src.named_buffers())
 
 
 def test_a_step_goes_back_through_the_generator_once(monkeypatch, tmp_path):
@@ -351,7 +363,8 @@ def test_both_generators_render_the_same_before_the_first_update(monkeypatch, tm
         assert torch.equal(source[name], adapted[name].detach()), name
 
 
-def test_mapping_sees_the_frontal_camera(monkeypatch, tmp_path):
+@pytest.mark.parametrize("seen", ["frontal", "render"])
+def test_mapping_sees_the_camera_asked_for(monkeypatch, tmp_path, seen):
     cameras = []
     mapping = TriPlaneGenerator.mapping
 
@@ -360,23 +373,27 @@ def test_mapping_sees_the_frontal_camera(monkeypatch, tmp_path):
         return mapping(self, z, c, *args, **kwargs)
 
     monkeypatch.setattr(TriPlaneGenerator, "mapping", spy)
-    run(tmp_path, steps=2)
+    run(tmp_path, steps=2, mapping_camera=seen)
     frontal = build_generator().cameras.frontal()
-    assert all(torch.equal(c, frontal.expand_as(c)) for c in cameras)
+    in_steps = [torch.equal(c, frontal.expand_as(c)) for c in cameras if len(c) == 2]
+    assert in_steps == [seen == "frontal"] * 2
 
 
-def test_gradient_is_the_weighted_sum_and_stops_at_the_images():
-    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+def test_gradients_are_weighted_sums_and_stop_at_the_outputs():
+    images, planes = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(2, 9)
     terms = {
-        "a": (0.5, lambda x, _: x.square().flatten(1).sum(1)),
-        "b": (2.0, lambda x, _: x.flatten(1).sum(1)),
+        "a": (0.5, lambda x, _: x["image"].square().flatten(1).sum(1)),
+        "b": (2.0, lambda x, _: x["image"].flatten(1).sum(1) + x["planes"].sum(1)),
         "off": (0.0, None),  # Not even called.
     }
-    gradient, row = train.image_gradient(terms, images, None)
-    torch.testing.assert_close(gradient, images.detach() + 2)
+    outputs = {"image": images, "planes": planes, "mask": planes}
+    gradients, row = train.output_gradients(terms, outputs, None)
+    assert list(gradients) == ["image", "planes"]
+    torch.testing.assert_close(gradients["image"], images.detach() + 2)
+    torch.testing.assert_close(gradients["planes"], torch.full((2, 9), 2.0))
     assert images.grad is None
     assert row["a"] == pytest.approx(0.5 * images.square().flatten(1).sum(1).mean().item())
-    assert row["b_grad"] == pytest.approx(2 * 48**0.5)
+    assert row["b_grad"] == pytest.approx(2 * (48 + 9) ** 0.5)
     assert set(row) == {"a", "a_grad", "b", "b_grad"}
 
 
@@ -446,14 +463,15 @@ def test_streams_of_draws_never_meet():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_number_stops_with_step_times_and_terms(tmp_path, monkeypatch, cheap, value):
-    gradient = train.image_gradient
+    find = train.output_gradients
     steps = count(1)
 
     def spoil(*args):
-        total, row = gradient(*args)
-        return (total * value, row) if next(steps) == 4 else (total, row)
+        gradients, row = find(*args)
+        factor = value if next(steps) == 4 else 1
+        return {name: factor * gradient for name, gradient in gradients.items()}, row
 
-    monkeypatch.setattr(train, "image_gradient", spoil)
+    monkeypatch.setattr(train, "output_gradients", spoil)
     message = r"step 4, t = \[\d+, \d+\].*'grad_norm': (nan|inf)"
     with pytest.raises(FloatingPointError, match=message):
         run(tmp_path)
@@ -480,7 +498,8 @@ def test_presets_settle_every_option_and_no_base_undoes_a_method():
             assert not base_preset.keys() & preset.keys()
             cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
             open_options = {name for name, value in vars(cfg).items() if value is None}
-            optional = {"image", "adapters", "lora", "vae", "device", "generator", "micro_batch"}
+            optional = {"image", "edit", "adapters", "lora", "vae", "generator"}
+            optional |= {"device", "micro_batch", "precision"}
             assert open_options <= optional
             assert method in train.LEARNS
 
@@ -550,6 +569,7 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
         {"prompt": "a bronze"},
         {"vae": "taesd"},
         {"lora": ("lora.safetensors",)},
+        {"sds_weight": 0.5},
     ],
     ids=str,
 )
@@ -557,6 +577,60 @@ def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
     monkeypatch.chdir(world())
     row = run(tmp_path, steps=1, **change)["log.jsonl"][0]
     assert row["grad_norm"] != one_step["log.jsonl"][0]["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "logged"),
+    [
+        ({"method": "sds"}, {"sds"}),
+        ({"method": "stylegan-fusion"}, {"fusion", "score_direction", "perceptual"}),
+        ({"method": "diffusiongan3d"}, {"sds", "distance"}),
+        (EDIT, {"sds", "distance", "keep"}),
+        ({"method": "nada"}, {"clip_direction"}),
+        ({"method": "nada", "hsc_weight": 1.0}, {"clip_direction", "hsc"}),
+        ({"score_reconstruction_weight": 1.0, "sds_weight": 0}, {"hsc", "score_reconstruction"}),
+    ],
+    ids=str,
+)
+def test_method_logs_its_terms_and_resumes_bit_for_bit(tmp_path, changes, logged):
+    unbroken = run(tmp_path / "a", **changes)
+    rows = unbroken["log.jsonl"]
+    names = {"step", "clip", "grad_norm", *logged, *(f"{name}_grad" for name in logged)}
+    assert all(set(row) == names for row in rows)
+    assert all(rows[-1][f"{name}_grad"] > 0 for name in logged)
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
+        stop_after(monkeypatch, 3)
+        run(tmp_path / "b", **changes)
+    assert run(tmp_path / "b", **changes) == unbroken
+
+
+@pytest.mark.parametrize("targets", ["words", "picture", "both"])
+def test_clip_direction_leads_from_the_source_to_the_target(tmp_path, targets):
+    G, clip = build_generator(), ClipFeatures.from_pretrained(world() / "clip")
+    picture = None if targets == "words" else torch.rand(1, 3, 40, 40) * 2 - 1
+    prompt = None if targets == "picture" else "a bronze statue"
+    cfg = train.resolve(
+        train.Config(prompt=prompt, image=None if picture is None else Path("x"), method="nada")
+    )
+    direction = train.clip_direction(cfg, G, clip, picture)
+    assert direction.norm().item() == pytest.approx(1)
+    ways = []
+    if prompt:
+        ways.append(clip.text([prompt]) - clip.text([cfg.source_prompt]))
+    if picture is not None:
+        ways.append(clip.images(picture) - train.mean_embedding(cfg, G, clip))
+    cosines = [F.cosine_similarity(direction, way).item() for way in ways]
+    assert min(cosines) > (0.999 if len(ways) == 1 else 0.1)
+    assert cosines[0] == pytest.approx(cosines[-1], abs=1e-4)
+
+
+def test_mean_embedding_is_that_of_many_heads(monkeypatch):
+    G, clip = build_generator(), ClipFeatures.from_pretrained(world() / "clip")
+    cfg = train.resolve(train.Config(prompt="x"))
+    means = [train.mean_embedding(cfg, G, clip) for _ in range(2)]
+    assert torch.equal(*means) and means[0].norm() < 1
+    monkeypatch.setattr(train, "REFERENCE_HEADS", 2)
+    assert not torch.equal(train.mean_embedding(cfg, G, clip), means[0])
 
 
 @pytest.fixture(scope="module")
