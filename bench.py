@@ -200,7 +200,7 @@ class World:
     def G(self) -> TriPlaneGenerator:
         """A copy that learns."""
         G = copy.deepcopy(self.G_src)
-        train.learning_weights(G, train.LEARNS[self.cfg.method])
+        train.learning_weights(G, train.LEARNS[self.cfg.method][0])
         return G
 
     @cached_property

@@ -376,6 +376,32 @@ def clip_direction_loss(
     return 1 - (change * direction).sum(1) / lengths
 
 
+def target_loss(tokens: Tensor, reference: Tensor) -> Tensor:
+    """Target distribution (3D-Adapter, arXiv:2410.08824, L_dis) as relaxed earth mover's distance.
+
+    C_ij = 1 - cos of tokens i of the image and j of the reference; the larger of the means of its
+    columns' and rows' minima, in [0, 2]. The formula is that of DiFa, on which the paper builds.
+
+    Args:
+        tokens: Of the adapted images, [B, g, g, D].
+        reference: Of the one reference picture, [1, g, g, D].
+    """
+    a, b = (F.normalize(x.flatten(1, 2), dim=-1) for x in (tokens, reference))
+    costs = 1 - a @ b.mT  # [B, L, L]
+    return torch.maximum(costs.amin(2).mean(1), costs.amin(1).mean(1))
+
+
+def structure_loss(tokens: Tensor, tokens_src: Tensor) -> Tensor:
+    """Source structure maintenance (3D-Adapter, arXiv:2410.08824, L_I-str and L_F-str).
+
+    The mean squared difference between the cosines of all pairs of tokens within the adapted image
+    and those within the source's. The formula is that of DoRM, by the same authors.
+    """
+    units = (F.normalize(x.flatten(1, 2), dim=-1) for x in (tokens, tokens_src.detach()))
+    cosines, cosines_src = (x @ x.mT for x in units)  # [B, L, L]
+    return (cosines - cosines_src).square().mean((1, 2))
+
+
 def coarse_to_fine(progress: float, levels: int = 3) -> tuple[float, ...]:
     """Return the weights of a hierarchy's levels, coarse first, that sum to 1.
 

@@ -47,6 +47,8 @@ from losses import (
     score_direction_loss,
     score_reconstruction_loss,
     sds_loss,
+    structure_loss,
+    target_loss,
 )
 from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
@@ -87,6 +89,13 @@ METHODS = {
     "diffusiongan3d": {"sds_weight": 1.0, "distance_weight": 1.0},
     # StyleGAN-NADA (arXiv:2108.00946), the baseline of all these papers.
     "nada": {"clip_direction_weight": 1.0},
+    # 3D-Adapter (arXiv:2410.08824); its weights are not public: those of DoRM, by its authors.
+    "3d-adapter": {
+        "clip_direction_weight": 0.5,
+        "target_weight": 1.0,
+        "structure_weight": 10.0,
+        "feature_structure_weight": 10.0,
+    },
 }
 # What --edit changes of a method; others have no local edits.
 EDITS = {"diffusiongan3d": {"keep_weight": 10.0}}
@@ -129,14 +138,16 @@ EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
 
-# Names of the parameters that learn, per method. Where biases, const and noise strengths do, they
-# let every head drift alike (StyleGAN-Fusion, arXiv:2212.04473, freezes them).
+# Names of the parameters that learn, per method; of several patterns each has an equal part of the
+# run. Where biases, const and noise strengths learn, they let every head drift alike
+# (StyleGAN-Fusion, arXiv:2212.04473, freezes them).
 LEARNS = {
-    **dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.weight"),
-    "diffusiongan3d": r"backbone\.synthesis\.(?!.*\.torgb\.).*",
-    "nada": r"backbone\.synthesis\..*",
+    **dict.fromkeys(METHODS, (r"(backbone\.synthesis|superresolution)\..*\.weight",)),
+    "diffusiongan3d": (r"backbone\.synthesis\.(?!.*\.torgb\.).*",),
+    "nada": (r"backbone\.synthesis\..*",),
+    "3d-adapter": (r"decoder\..*", r"superresolution\..*"),
 }
-LEARNS_EDIT = {"diffusiongan3d": r"backbone\.synthesis\..*"}
+LEARNS_EDIT = {"diffusiongan3d": (r"backbone\.synthesis\..*",)}
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
@@ -151,6 +162,8 @@ AT_LEAST = {
 }
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
+CLIP_LAYER = 3 / 12  # Whose tokens 3D-Adapter compares: the third of ViT-B's twelve.
+FEATURE_CELLS = 16  # Per side, to which features are averaged before their pairs are compared.
 EDIT_LEVELS = (0.3, 0.5, 0.7)  # Diffusion times that show where an edit belongs.
 REFERENCE_HEADS = 64  # Of the source, whose mean a picture's CLIP direction starts from.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
@@ -171,7 +184,9 @@ class Config:
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
     """World of the generator: its presets. Only puppets comes with a generator; for the others give
     one of EG3D's .pkl."""
-    method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada"] = "gca3d"
+    method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"] = (
+        "gca3d"
+    )
     """Objective and what learns: its presets."""
     generator: str | None = None
     """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
@@ -185,7 +200,8 @@ class Config:
     vae: str | None = None  # Other VAE of the prior, or TAESD (faster, coarser), folder or hub id.
     features: str | None = None
     """Frozen ViT (DINOv2 or ViT) that HSC and the perceptual term compare, folder or hub id."""
-    clip: str | None = None  # CLIP that scores the log, and NADA's; folder or hub id.
+    clip: str | None = None
+    """CLIP that scores the log, and that of NADA and 3D-Adapter; folder or hub id."""
     source_prompt: str | None = None  # The generator's own domain in words.
 
     steps: int | None = None  # Updates of the generator; schedules run over them.
@@ -216,6 +232,10 @@ class Config:
     distance_weight: float | None = None  # DiffusionGAN3D's relative distance loss; 0: off.
     keep_weight: float | None = None  # Its reconstruction outside the region of an edit; 0: off.
     clip_direction_weight: float | None = None  # StyleGAN-NADA's CLIP direction; 0: off.
+    target_weight: float | None = None  # 3D-Adapter's target distribution, of --image; 0: off.
+    structure_weight: float | None = None  # Its structure of images; 0: off.
+    feature_structure_weight: float | None = None
+    """Its structure of features, before super-resolution; 0: off."""
 
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
@@ -263,7 +283,8 @@ class Training:
     target: Tensor  # What the log's scores compare with, [1, D].
     G: TriPlaneGenerator
     G_ema: TriPlaneGenerator
-    weights: dict[str, nn.Parameter]  # Of G: those that learn.
+    phases: list[dict[str, nn.Parameter]]  # Of G: those that learn, one after the other.
+    weights: dict[str, nn.Parameter]  # Of all phases.
     averages: dict[str, nn.Parameter]  # The same of G_ema.
     optimizer: torch.optim.Optimizer
 
@@ -364,10 +385,13 @@ def prepare(
 
     # The copy that learns and its moving average.
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
-    weights = learning_weights(G, (LEARNS_EDIT if cfg.edit else LEARNS)[cfg.method])
+    patterns = (LEARNS_EDIT if cfg.edit else LEARNS)[cfg.method]
+    phases = [learning_weights(G, pattern) for pattern in patterns]
+    weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
-    return Training(G_src, prior, terms, clip, target, G, G_ema, weights, averages, optimizer)
+    made = (G_src, prior, terms, clip, target, G, G_ema, phases, weights, averages, optimizer)
+    return Training(*made)
 
 
 def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
@@ -396,6 +420,9 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
         own = ws[ranks.share(cfg.batch)]
         return ranks.gather(G.planes(own, force_fp32=True)), ranks.gather(G_src.planes(own))
 
+    learning = training.phases[(step - 1) * len(training.phases) // cfg.steps]
+    for name, weight in weights.items():
+        weight.requires_grad_(name in learning)
     row: dict[str, float] = {}  # Means over the batch.
     training.optimizer.zero_grad()
     for rows in ranks.slices(cfg.batch, cfg.micro_batch):
@@ -411,9 +438,10 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
         draws = (t[rows], noise[rows], noise_again[rows])
         batch = Batch(source, *draws, step / cfg.steps, rows.start, all_planes)
         gradients, scores = output_gradients(training.terms, adapted, batch)
+        reached = [name for name in gradients if adapted[name].requires_grad]
         torch.autograd.backward(
-            [adapted[name] for name in gradients],
-            [gradient / cfg.batch for gradient in gradients.values()],
+            [adapted[name] for name in reached],
+            [gradients[name] / cfg.batch for name in reached],
         )
         with torch.no_grad():
             embeds = training.clip.images(adapted["image"])
@@ -422,7 +450,7 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
             row[name] = row.get(name, 0.0) + score * len(embeds) / cfg.batch
 
     # Add up the processes' gradients, and refuse what is no number.
-    gradients = [weight.grad for weight in weights.values()]
+    gradients = [weight.grad for weight in learning.values()]
     ranks.add_up(gradients, row)
     row["grad_norm"] = nn.utils.get_total_norm(gradients).item()
     if not all(map(isfinite, row.values())):
@@ -640,7 +668,7 @@ def objective(
         gca3d_terms(cfg, prior, condition, vit)
         | fusion_terms(cfg, prior, condition, vit)
         | diffusiongan3d_terms(cfg, prior)
-        | nada_terms(cfg, G_src, clip, reference)
+        | clip_terms(cfg, G_src, clip, reference)
     )
 
 
@@ -717,18 +745,39 @@ def diffusiongan3d_terms(cfg: Config, prior: DiffusionPrior) -> dict[str, Term]:
     return {"distance": (cfg.distance_weight, distance), "keep": (cfg.keep_weight, keep)}
 
 
-def nada_terms(
+def clip_terms(
     cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures, reference: Tensor | None
 ) -> dict[str, Term]:
-    """Return StyleGAN-NADA's CLIP direction."""
+    """Return StyleGAN-NADA's CLIP direction and 3D-Adapter's other terms."""
     if cfg.clip_direction_weight:
-        target = clip_direction(cfg, G_src, clip, reference)  # [1, D]
+        way = clip_direction(cfg, G_src, clip, reference)  # [1, D]
+    layer = max(1, round(CLIP_LAYER * clip.depth))
+    if cfg.target_weight and reference is not None:
+        reference_tokens = clip.tokens(reference, layer)  # [1, g, g, D]
 
     def direction(adapted: Outputs, batch: Batch) -> Tensor:
         embeds, embeds_src = clip.images(adapted["image"]), clip.images(batch.source["image"])
-        return clip_direction_loss(embeds, embeds_src, target)
+        return clip_direction_loss(embeds, embeds_src, way)
 
-    return {"clip_direction": (cfg.clip_direction_weight, direction)}
+    def target(adapted: Outputs, batch: Batch) -> Tensor:
+        return target_loss(clip.tokens(adapted["image"], layer), reference_tokens)
+
+    def structure(adapted: Outputs, batch: Batch) -> Tensor:
+        outputs = (adapted, batch.source)
+        return structure_loss(*(clip.tokens(out["image"], layer) for out in outputs))
+
+    def feature_structure(adapted: Outputs, batch: Batch) -> Tensor:
+        outputs = (adapted, batch.source)
+        pooled = [F.adaptive_avg_pool2d(out["features"], FEATURE_CELLS) for out in outputs]
+        return structure_loss(*(features.movedim(1, -1) for features in pooled))
+
+    return {
+        "clip_direction": (cfg.clip_direction_weight, direction),
+        # Words have no tokens to compare with.
+        "target": (cfg.target_weight if reference is not None else 0.0, target),
+        "structure": (cfg.structure_weight, structure),
+        "feature_structure": (cfg.feature_structure_weight, feature_structure),
+    }
 
 
 def encode(prior: DiffusionPrior, images: Tensor) -> Tensor:

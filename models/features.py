@@ -63,22 +63,28 @@ class ClipFeatures:
         model_type(source, ["clip"])
         return cls(load_network(CLIPModel, source).to(device), load_tokenizer(source))
 
+    @property
+    def depth(self) -> int:
+        """Number of layers of the image tower."""
+        return self.model.config.vision_config.num_hidden_layers
+
     def images(self, images: Tensor) -> Tensor:
         """Return unit-length embeddings [B, D] of images [B, 3, H, W]."""
         pixels = clip_preprocess(images, self.model.config.vision_config.image_size)
         embeds = self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
         return F.normalize(embeds, dim=-1)
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor, layer: int = -2) -> Tensor:
         """Return the patch tokens [B, g, g, D] of images [B, 3, H, W], one layer before the last.
 
-        They tell where things are, which the embedding of the whole image does not.
+        They tell where things are, which the embedding of the whole image does not. Another layer
+        may be asked for; 0 is the embedding of the patches.
         """
         config = self.model.config.vision_config
         pixels = clip_preprocess(images, config.image_size)
         states = self.model.vision_model(pixels, output_hidden_states=True).hidden_states
         side = config.image_size // config.patch_size
-        return states[-2][:, 1:].unflatten(1, (side, side))
+        return states[layer][:, 1:].unflatten(1, (side, side))
 
     @torch.no_grad()
     def text(self, sentences: list[str]) -> Tensor:

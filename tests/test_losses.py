@@ -21,6 +21,8 @@ from losses import (
     score_direction_loss,
     score_reconstruction_loss,
     sds_loss,
+    structure_loss,
+    target_loss,
 )
 from models.diffusion import Condition
 
@@ -388,3 +390,32 @@ def test_clip_direction_starts_with_a_finite_gradient_along_the_direction():
     embeds = source.clone().requires_grad_()
     clip_direction_loss(embeds, source, direction, shortest=0.1).sum().backward()
     torch.testing.assert_close(embeds.grad, -direction.expand(2, 5) / 0.1)
+
+
+# 3D-Adapter.
+
+
+def test_target_distance_by_hand():
+    x, y, z = torch.eye(3)
+    image = torch.stack([x, x, 4 * x, y]).view(1, 2, 2, 3)
+    reference = torch.stack([x, z, z, 2 * z]).view(1, 2, 2, 3)
+    # Of the image's tokens one finds nothing like it, of the reference's three.
+    assert target_loss(image, reference).tolist() == pytest.approx([3 / 4])
+    assert target_loss(reference, image).tolist() == pytest.approx([3 / 4])
+
+
+def test_target_distance_is_blind_to_places():
+    tokens = torch.randn(2, 4, 4, 5)
+    moved = tokens.flip(1).transpose(1, 2)
+    assert target_loss(tokens[:1], moved[:1]).item() == pytest.approx(0, abs=1e-5)
+    assert target_loss(tokens[1:], moved[:1]).item() > 0.05
+
+
+def test_structure_by_hand_and_blind_to_rotation_of_features():
+    x, y = torch.eye(2)
+    alike, apart = torch.stack([x, 3 * x]), torch.stack([x, 2 * y])
+    loss = structure_loss(alike.view(1, 1, 2, 2), apart.view(1, 1, 2, 2))
+    assert loss.tolist() == pytest.approx([2 / 4])  # Two of four cosines: 1 and 0.
+    tokens, rotation = torch.randn(2, 4, 4, 6), torch.linalg.qr(torch.randn(6, 6))[0]
+    assert structure_loss(2 * tokens @ rotation, tokens).max() < 1e-10
+    assert structure_loss(tokens.flip(1), tokens).min() > 0.01

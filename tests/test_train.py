@@ -318,6 +318,8 @@ def test_only_what_the_method_says_changes(monkeypatch, tmp_path, changes):
         if changes["method"] in ("diffusiongan3d", "nada"):
             frozen = "torgb" if changes["method"] == "diffusiongan3d" and changes != EDIT else "-"
             return name.startswith("backbone.synthesis") and frozen not in name
+        if changes["method"] == "3d-adapter":
+            return name.startswith(("decoder", "superresolution"))
         return name.endswith(".weight") and "mapping" not in name and "decoder" not in name
 
     G_src, G, _ = trained(monkeypatch, tmp_path, **changes)
@@ -588,6 +590,7 @@ def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
         (EDIT, {"sds", "distance", "keep"}),
         ({"method": "nada"}, {"clip_direction"}),
         ({"method": "nada", "hsc_weight": 1.0}, {"clip_direction", "hsc"}),
+        ({"method": "3d-adapter"}, {"clip_direction", "structure", "feature_structure"}),
         ({"score_reconstruction_weight": 1.0, "sds_weight": 0}, {"hsc", "score_reconstruction"}),
     ],
     ids=str,
@@ -602,6 +605,19 @@ def test_method_logs_its_terms_and_resumes_bit_for_bit(tmp_path, changes, logged
         stop_after(monkeypatch, 3)
         run(tmp_path / "b", **changes)
     assert run(tmp_path / "b", **changes) == unbroken
+
+
+def test_parts_of_a_run_teach_one_part_of_the_generator_each(tmp_path):
+    Image.new("RGB", (40, 40), "orange").save(tmp_path / "x.png")
+    out, method = tmp_path / "run", {"method": "3d-adapter", "image": tmp_path / "x.png"}
+    run(out, **method, steps=2, save_every=1)
+    first, second = (torch.load(out / f"ckpt-00000{i}.pt", weights_only=True) for i in (1, 2))
+    before = dict(build_generator().named_parameters())
+    for name, value in first["weights"].items():
+        assert torch.equal(value, before[name]) != name.startswith("decoder."), name
+        same = torch.equal(second["weights"][name], value)
+        assert same != name.startswith("superresolution."), name
+    assert all(row["target"] > 0 for row in rows(out))
 
 
 @pytest.mark.parametrize("targets", ["words", "picture", "both"])
