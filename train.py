@@ -145,7 +145,7 @@ LEARNS = {
     **dict.fromkeys(METHODS, (r"(backbone\.synthesis|superresolution)\..*\.weight",)),
     "diffusiongan3d": (r"backbone\.synthesis\.(?!.*\.torgb\.).*",),
     "nada": (r"backbone\.synthesis\..*",),
-    "3d-adapter": (r"decoder\..*", r"superresolution\..*"),
+    "3d-adapter": (r"decoder\..*", r"superresolution\..*\.(weight|bias)"),
 }
 LEARNS_EDIT = {"diffusiongan3d": (r"backbone\.synthesis\..*",)}
 

@@ -319,7 +319,8 @@ def test_only_what_the_method_says_changes(monkeypatch, tmp_path, changes):
             frozen = "torgb" if changes["method"] == "diffusiongan3d" and changes != EDIT else "-"
             return name.startswith("backbone.synthesis") and frozen not in name
         if changes["method"] == "3d-adapter":
-            return name.startswith(("decoder", "superresolution"))
+            taught = name.startswith(("decoder", "superresolution"))
+            return taught and name.endswith(("weight", "bias"))
         return name.endswith(".weight") and "mapping" not in name and "decoder" not in name
 
     G_src, G, _ = trained(monkeypatch, tmp_path, **changes)
