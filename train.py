@@ -164,8 +164,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 CLIP_LAYER = 3 / 12  # Whose tokens 3D-Adapter compares: the third of ViT-B's twelve.
 FEATURE_CELLS = 16  # Per side, to which features are averaged before their pairs are compared.
-# Diffusion times that show where an edit belongs. Later ones find less of it: of the hair that is to
-# be green 65 % at 0.1 and at 0.3, half at 0.7.
+# Diffusion times that show where an edit belongs. Of hair that is to be green they find 65 % at 0.1
+# and at 0.3, half at 0.7.
 EDIT_LEVELS = (0.1, 0.3)
 REFERENCE_HEADS = 64  # Of the source, whose mean a picture's CLIP direction starts from.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
