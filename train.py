@@ -476,10 +476,10 @@ def draw_heads(
 def resolve(cfg: Config) -> Config:
     """Fill in what the user left open: user > (base, method) > base > edit > method.
 
-    A blank prompt counts as none; an edit is the prompt as well.
+    A blank prompt or edit counts as none; an edit is the prompt as well.
     """
-    cfg = replace(cfg, prompt=cfg.prompt if cfg.prompt and cfg.prompt.strip() else None)
-    cfg = replace(cfg, prompt=cfg.prompt or cfg.edit)
+    prompt, edit = (x if x and x.strip() else None for x in (cfg.prompt, cfg.edit))
+    cfg = replace(cfg, prompt=prompt or edit, edit=edit)
     given = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
     given = {name: value for name, value in given.items() if value is not None}
     for name in {"generator", "diffusion", "vae", "features", "clip"} & given.keys():

@@ -77,6 +77,17 @@ def test_tokens_are_the_networks_own_patches_in_reading_order(dino):
     torch.testing.assert_close(tokens[:, 2, 5], states[:, 1 + 2 * 8 + 5])
 
 
+def test_tokens_of_clip_are_those_of_the_layer_asked_for(clip):
+    pixels = images(2, 32, 32)
+    config = clip.model.config.vision_config
+    inputs = clip_preprocess(pixels, config.image_size)
+    states = clip.model.vision_model(inputs, output_hidden_states=True).hidden_states
+    assert len(states) == clip.depth + 1
+    for layer in (1, -2):
+        tokens = clip.tokens(pixels, layer).flatten(1, 2)
+        torch.testing.assert_close(tokens, states[layer][:, 1:])
+
+
 def test_an_edit_in_one_corner_moves_the_token_there_most(dino):
     pixels = images(1, 64, 64)
     edited = pixels.clone()

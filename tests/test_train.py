@@ -323,7 +323,7 @@ def test_only_what_the_method_says_changes(monkeypatch, tmp_path, changes):
             return taught and name.endswith(("weight", "bias"))
         return name.endswith(".weight") and "mapping" not in name and "decoder" not in name
 
-    G_src, G, _ = trained(monkeypatch, tmp_path, **changes)
+    G_src, G, _ = trained(monkeypatch, tmp_path, **changes, steps=2)
     G_ema = load_generator(tmp_path / "run")
     before = dict(G_src.named_parameters())
     for network in (G, G_ema):
@@ -485,6 +485,15 @@ def test_bad_number_stops_with_step_times_and_terms(tmp_path, monkeypatch, cheap
 # Presets and targets.
 
 
+def test_edit_is_the_prompt_and_brings_its_presets():
+    options = {"method": "diffusiongan3d", "edit": "a person with green hair"}
+    cfg = train.resolve(train.Config(**options))
+    assert (cfg.prompt, cfg.out) == (cfg.edit, Path("runs/a-person-with-green-hair"))
+    assert cfg.keep_weight == train.EDITS["diffusiongan3d"]["keep_weight"]
+    assert train.resolve(train.Config(**options, keep_weight=2.0)).keep_weight == 2
+    assert train.resolve(train.Config(prompt="x", method="diffusiongan3d")).keep_weight == 0
+
+
 def test_user_wins_over_pair_over_base_over_method(monkeypatch):
     monkeypatch.setitem(train.METHODS, "gca3d", {**train.METHODS["gca3d"], "lr": 1, "batch": 1})
     monkeypatch.setitem(train.METHODS["gca3d"], "steps", 1)
@@ -597,6 +606,7 @@ def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
     ids=str,
 )
 def test_method_logs_its_terms_and_resumes_bit_for_bit(tmp_path, changes, logged):
+    changes = changes | {"steps": 4, "grid_every": 9}
     unbroken = run(tmp_path / "a", **changes)
     rows = unbroken["log.jsonl"]
     names = {"step", "clip", "grad_norm", *logged, *(f"{name}_grad" for name in logged)}
@@ -675,7 +685,7 @@ def test_picture_alone_is_a_target(tmp_path):
 
 
 def test_blank_prompt_beside_a_picture_counts_as_none():
-    cfg = train.resolve(train.Config(prompt="  ", image=Path("grey.png")))
+    cfg = train.resolve(train.Config(prompt="  ", edit=" ", image=Path("grey.png")))
     assert (cfg.prompt, cfg.image_scale, cfg.out) == (None, 1.0, Path("runs/grey"))
 
 
