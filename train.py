@@ -392,8 +392,10 @@ def prepare(
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
-    made = (G_src, prior, terms, clip, target, G, G_ema, phases, weights, averages, optimizer)
-    return Training(*made)
+    return Training(
+        *(G_src, prior, terms, clip, target),
+        *(G, G_ema, phases, weights, averages, optimizer),
+    )
 
 
 def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
@@ -440,10 +442,10 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
         draws = (t[rows], noise[rows], noise_again[rows])
         batch = Batch(source, *draws, step / cfg.steps, rows.start, all_planes)
         gradients, scores = output_gradients(training.terms, adapted, batch)
+        # What hangs on nothing that learns now has no way back.
         reached = [name for name in gradients if adapted[name].requires_grad]
         torch.autograd.backward(
-            [adapted[name] for name in reached],
-            [gradients[name] / cfg.batch for name in reached],
+            [adapted[name] for name in reached], [gradients[name] / cfg.batch for name in reached]
         )
         with torch.no_grad():
             embeds = training.clip.images(adapted["image"])
@@ -452,7 +454,7 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
             row[name] = row.get(name, 0.0) + score * len(embeds) / cfg.batch
 
     # Add up the processes' gradients, and refuse what is no number.
-    gradients = [weight.grad for weight in learning.values()]
+    gradients = [weight.grad for weight in learning.values() if weight.grad is not None]
     ranks.add_up(gradients, row)
     row["grad_norm"] = nn.utils.get_total_norm(gradients).item()
     if not all(map(isfinite, row.values())):
@@ -545,6 +547,8 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least 0, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
+    if not any(value for name, value in vars(cfg).items() if name.endswith("_weight")):
+        raise ValueError("nothing to learn: every --...-weight is 0")
     if cfg.distance_weight and cfg.batch < 2:
         raise ValueError(f"--distance-weight needs a --batch of at least 2, got {cfg.batch}")
     if cfg.batch > LARGEST_BATCH:

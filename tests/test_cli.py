@@ -213,6 +213,7 @@ BAD = {
         lambda _: {"method": "diffusiongan3d", "batch": 1},
         "--distance-weight needs a --batch of at least 2, got 1",
     ),
+    "no weight": (lambda _: {"method": "nada", "clip_direction_weight": 0}, "nothing to learn"),
     "edit beside a prompt": (
         lambda _: {"method": "diffusiongan3d", "edit": "a robot"},
         "--edit stands for a prompt",
