@@ -318,7 +318,7 @@ def edit_mask(
     condition: Condition,
     noise: Tensor,
     levels: Sequence[float],
-    threshold: float = 0.5,
+    threshold: float = 0.4,
     softness: float = 0.1,
 ) -> Tensor:
     """Find where a local edit belongs (DiffusionGAN3D, arXiv:2312.16837, for L_diff).
