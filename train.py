@@ -98,7 +98,7 @@ METHODS = {
     },
 }
 # What --edit changes of a method; others have no local edits.
-EDITS = {"diffusiongan3d": {"keep_weight": 100.0}}
+EDITS = {"diffusiongan3d": {"keep_weight": 20.0}}
 STABLE_DIFFUSION = {
     "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "adapters": ("lllyasviel/control_v11f1p_sd15_depth", "h94/IP-Adapter"),
