@@ -594,14 +594,14 @@ def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "logged"),
     [
-        ({"method": "sds"}, {"sds"}),
-        ({"method": "stylegan-fusion"}, {"fusion", "score_direction", "perceptual"}),
-        ({"method": "diffusiongan3d"}, {"sds", "distance"}),
-        (EDIT, {"sds", "distance", "keep"}),
-        ({"method": "nada"}, {"clip_direction"}),
-        ({"method": "nada", "hsc_weight": 1.0}, {"clip_direction", "hsc"}),
-        ({"method": "3d-adapter"}, {"clip_direction", "structure", "feature_structure"}),
-        ({"score_reconstruction_weight": 1.0, "sds_weight": 0}, {"hsc", "score_reconstruction"}),
+        ({"method": "sds"}, ["sds"]),
+        ({"method": "stylegan-fusion"}, ["fusion", "score_direction", "perceptual"]),
+        ({"method": "diffusiongan3d"}, ["sds", "distance"]),
+        (EDIT, ["sds", "distance", "keep"]),
+        ({"method": "nada"}, ["clip_direction"]),
+        ({"method": "nada", "hsc_weight": 1.0}, ["clip_direction", "hsc"]),
+        ({"method": "3d-adapter"}, ["clip_direction", "structure", "feature_structure"]),
+        ({"score_reconstruction_weight": 1.0, "sds_weight": 0}, ["hsc", "score_reconstruction"]),
     ],
     ids=str,
 )
