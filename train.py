@@ -108,10 +108,15 @@ FREE_TO_CHANGE = {
     *("micro_batch", "low_memory"),  # Slower or faster, but to rounding the same gradients.
 }
 POSITIVE = {"lr", "hsc_temperature"}
-LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
 AT_LEAST = {
+    "trunc": -10,
     **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
     **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "hsc_weight"), 0),
+}
+# Beyond these lie typing errors rather than wishes.
+AT_MOST = {
+    **{"batch": 1024, "lr": 1, "trunc": 10, "guidance": 1e4, "hsc_weight": 1e4},
+    **dict.fromkeys(("image_scale", "depth_scale"), 10),
 }
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
@@ -370,10 +375,10 @@ def check_options(cfg: Config) -> None:
                 raise ValueError(f"{flag} must be a finite number, got {part}")
         if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
+        if name in AT_MOST and value is not None and value > AT_MOST[name]:
+            raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
-    if cfg.batch > LARGEST_BATCH:
-        raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
     if cfg.batch % ranks.count():
         raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
@@ -446,10 +451,10 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         raise ValueError(f"{source} has no IP-Adapter for --image: name one with --adapters")
     unknown = prior.unknown_words(cfg.prompt or "")
     if unknown:
-        known = prior.vocabulary.get("domains", prior.vocabulary["words"])
+        known = prior.vocabulary.get("domains", {"": "those of vocabulary.json"})
         print(
             f"warning: the prior has never seen the words {', '.join(unknown)}; "
-            f"the domains it knows are {', '.join(known)}",
+            f"the domains it knows are {', '.join(known.values())}",
             file=sys.stderr,
         )
     return prior

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.cameras import is_number
+from models.cameras import LABEL_SIZE, is_number
 from models.download import fetch
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle, read_state_dict
@@ -160,6 +160,12 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenera
     kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
     with torch.device("meta"):  # Weights would take time and memory, only to be replaced.
         G = TriPlaneGenerator(**kwargs)
+    # The constructor takes others; cameras, losses and pictures do not.
+    if G.c_dim != LABEL_SIZE or G.img_channels != 3 or G.decoder.net[2].weight.shape[0] < 4:
+        raise ValueError(
+            f"c_dim must be {LABEL_SIZE}, img_channels 3 and feature_channels at least 3, got "
+            f"{G.c_dim}, {G.img_channels} and {G.decoder.net[2].weight.shape[0] - 1}"
+        )
     size = header["neural_rendering_resolution"]
     if not (is_number(size) and size == int(size) and 1 <= size <= MAX_RENDER):
         raise ValueError(f"neural_rendering_resolution must be 1 to {MAX_RENDER}, got {size!r}")

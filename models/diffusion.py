@@ -298,7 +298,7 @@ class DiffusionPrior:
 
         Args:
             latents_t: sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise, [N, 4, h, w].
-            t: Integer time steps, [N].
+            t: Integer time steps, [N], or one for all.
             text: [N, L, D].
             depth: See `depth_condition`, [N, 3, H, W]; None leaves the ControlNet out.
             image_embeds: See `encode_reference`; None leaves the IP-Adapter out.
@@ -312,6 +312,7 @@ class DiffusionPrior:
             ValueError: depth or pictures are given that no loaded part can use.
         """
         dtype = self.unet.dtype
+        t = torch.as_tensor(t, device=latents_t.device).expand(len(latents_t))  # [N]
         extra = {}
         if depth is not None:
             if self.controlnet is None:
@@ -333,8 +334,8 @@ class DiffusionPrior:
         """Return the words of a prompt that are not in the declared vocabulary, if there is one."""
         if self.vocabulary is None:
             return []
-        known = set(self.vocabulary["words"])
-        return [word for word in re.findall(r"[\w']+", prompt.lower()) if word not in known]
+        words = re.findall(r"[\w']+", prompt.lower()) or prompt.split()
+        return [word for word in dict.fromkeys(words) if word not in self.vocabulary["words"]]
 
     @property
     def _is_plus(self) -> bool:

@@ -46,7 +46,7 @@ class FullyConnected(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
         with torch.autocast(x.device.type, enabled=False):  # Small, and styles need precision.
-            y = F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+            y = F.linear(x.float(), self.weight * self.weight_gain, self.bias * self.bias_gain)
         return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.activation == "lrelu" else y
 
 
