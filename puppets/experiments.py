@@ -185,18 +185,21 @@ def spread(values: list[float]) -> str:
 
 
 def draw_figures(seed: int) -> None:
-    """Draw source heads above the same heads in every domain, for text and for pictures."""
-    source = load_generator(SOURCE)
-    for kind, domains in (("text", TEXT), ("image", PICTURE)):
-        rows = [("source", None, show(source))]
-        for domain in domains:
-            run = RUNS / f"{kind}-{domain}-s{seed}"
-            if not (run / "generator.safetensors").exists():
-                continue
-            picture = Image.open(run / "reference.png") if kind == "image" else None
-            label = DOMAINS[domain].phrases[0] if kind == "text" else ""
-            rows.append((label, picture, show(load_generator(run))))
-        save_image(sheet(rows), DOCS / f"figure-{kind}.png")
+    """Draw source heads above the same heads of every text, every picture, every objective."""
+    rows = {
+        "text": {f"text-{domain}": DOMAINS[domain].phrases[0] for domain in TEXT},
+        "image": {f"image-{domain}": "" for domain in PICTURE},
+        "objective": {f"{prefix(label)}-{COMPARED[1]}": label for label in ABLATIONS},
+    }
+    source = show(load_generator(SOURCE))
+    for figure, labels in rows.items():
+        heads = [("source", None, source)]
+        for name, label in labels.items():
+            run = RUNS / f"{name}-s{seed}"
+            if (run / "generator.safetensors").exists():
+                picture = Image.open(run / "reference.png") if figure == "image" else None
+                heads.append((label, picture, show(load_generator(run))))
+        save_image(sheet(heads), DOCS / f"figure-{figure}.png")
 
 
 def draw_orbit(seed: int) -> None:
