@@ -51,7 +51,12 @@ def test_training_on_files_of_real_size(tmp_path):
     bench.puppets_tokenizer().save_pretrained(files["clip"])
 
     options = [f"--{name}={file}" for name, file in files.items()]
-    options += ["--adapters", str(files["diffusion"] / "controlnet"), "--out", str(tmp_path / "run")]
+    options += [
+        "--adapters",
+        str(files["diffusion"] / "controlnet"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command = [sys.executable, "train.py", "--base", "ffhq", "--prompt", "a bronze statue"]
     command += ["--steps", "2", "--batch", "1", "--device", "cpu", *options]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
