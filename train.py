@@ -105,7 +105,7 @@ LEARNS = dict.fromkeys(METHODS, r"(backbone\.synthesis|superresolution)\..*\.wei
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
     *("out", "image", "device", "save_every", "grid_every"),
-    *("micro_batch", "low_memory"),  # Slower or faster, but to rounding the same gradients.
+    *("micro_batch", "low_memory", "compile"),  # Slower or faster; to rounding the same gradients.
 }
 POSITIVE = {"lr", "hsc_temperature"}
 AT_LEAST = {
@@ -118,6 +118,7 @@ AT_MOST = {
     **{"batch": 1024, "lr": 1, "trunc": 10, "guidance": 1e4, "hsc_weight": 1e4},
     **dict.fromkeys(("image_scale", "depth_scale"), 10),
 }
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
 GRID_SEEDS = list(range(8))
@@ -172,6 +173,11 @@ class Config:
     """Heads at once, of a process's share of a step; fewer need less memory. None: all of them."""
     low_memory: bool = False
     """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the prior's networks except its VAE; None: fp16 on CUDA, else fp32."""
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE, whose gradients lead to images.
+    compile: bool = False
+    """Compile UNet, ControlNet and VAE (torch.compile): a faster step after a slow first one."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,22 @@ class Batch:
 
 
 Term = tuple[float, Callable[[Tensor, Batch], Tensor]]  # Weight, (images, batch) -> losses [B].
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the steps of a run work with and, from `G` on, what they change."""
+
+    G_src: TriPlaneGenerator
+    prior: DiffusionPrior
+    terms: dict[str, Term]
+    clip: ClipFeatures
+    target: Tensor  # What the log's scores compare with, [1, D].
+    G: TriPlaneGenerator
+    G_ema: TriPlaneGenerator
+    weights: dict[str, nn.Parameter]  # Of G: those that learn.
+    averages: dict[str, nn.Parameter]  # The same of G_ema.
+    optimizer: torch.optim.Optimizer
 
 
 def main(cfg: Config) -> None:
@@ -213,16 +235,14 @@ def adapt(cfg: Config) -> None:
         print_result(cfg)
         return
 
-    # The frozen networks: the source, the prior and its target, the ViT, CLIP for the log.
+    # The frozen networks: the source, the prior, the ViT, CLIP for the log; the copy that learns.
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
     prior = load_prior(cfg, device)
     vit = load_vit(cfg, device) if cfg.hsc_weight else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
     reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
-    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
-    target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
-    terms = objective(cfg, prior, condition, vit)
+    training = prepare(cfg, G_src, prior, vit, clip, reference)
 
     # Heads to look at, the same in every grid.
     source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
@@ -239,62 +259,15 @@ def adapt(cfg: Config) -> None:
             save_grid(cfg, 0, source_row, G_src)
     log_file = cfg.out / "log.jsonl" if ranks.first() else os.devnull
 
-    # The copy that learns and its moving average: fresh, or as the run folder has them.
-    G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
-    weights = learning_weights(G, LEARNS[cfg.method])
-    averages = {name: G_ema.get_parameter(name) for name in weights}
-    optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     if state:
-        restore(state, weights, averages, optimizer)
+        restore(state, training)
     del state  # Four times the size of what learns.
 
     bar = tqdm(range(start + 1, cfg.steps + 1), initial=start, total=cfg.steps, unit="step")
     with open(log_file, "a") as log, stop_requests() as signals, options_settled():
         for step in bar:
             began = time.perf_counter()
-
-            # Draw from the step's own seed, so that a resumed run draws what an unbroken one would;
-            # on the CPU, so that a GPU draws the same (but for the jitter of the rays).
-            torch.manual_seed(step_seed(cfg.seed, step))
-            z = torch.randn(cfg.batch, G.z_dim).to(device)
-            c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
-            t = draw_times(cfg, step, prior).to(device)  # [B]
-            noise = draw_noise(cfg, prior).to(device)  # [B, 4, h, w]
-            # Mapping sees the frontal camera: the render camera would leak pose into identity.
-            ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
-
-            row: dict[str, float] = {}  # Means over the batch.
-            optimizer.zero_grad()
-            for rows in ranks.slices(cfg.batch, cfg.micro_batch):
-                # Render the same heads before and after, with one ws and one jitter of the rays.
-                # What learns is in float32, for gradients too small for half precision.
-                with torch.no_grad():
-                    torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-                    source = G_src.synthesis(ws, c, rows=rows)
-                torch.manual_seed(step_seed(cfg.seed, step, stream=1))
-                images = G.synthesis(ws, c, force_fp32=True, rows=rows)["image"]  # [b, 3, R, R]
-
-                # Sum the terms' gradients at the images, then go back through the generator once.
-                batch = Batch(source, t[rows], noise[rows], step / cfg.steps)
-                gradient, scores = image_gradient(terms, images, batch)
-                images.backward(gradient / cfg.batch)
-                with torch.no_grad():
-                    scores["clip"] = (clip.images(images) @ target.T).mean().item()
-                for name, score in scores.items():
-                    row[name] = row.get(name, 0.0) + score * len(images) / cfg.batch
-
-            # Add up the processes' gradients, and refuse what is no number.
-            gradients = [weight.grad for weight in weights.values()]
-            ranks.add_up(gradients, row)
-            row["grad_norm"] = nn.utils.get_total_norm(gradients).item()
-            if not all(map(isfinite, row.values())):
-                raise FloatingPointError(f"not finite at step {step}, t = {t.tolist()}: {row}")
-
-            # Update the weights and their average.
-            optimizer.step()
-            update_averages(averages, weights, half_life=EMA_HALF_LIFE * cfg.steps)
-
-            # Log the step.
+            row = take_step(cfg, step, training)
             row["seconds"] = round(time.perf_counter() - began, 3)
             row["peak_gb"] = round(peak_gb(device), 3)
             log.write(json.dumps({"step": step, **row}) + "\n")
@@ -304,18 +277,91 @@ def adapt(cfg: Config) -> None:
             # Once in a while: a grid, a checkpoint, an orderly stop of all processes.
             stop = sum(ranks.meet(signals), [])
             if ranks.first() and step % cfg.grid_every == 0 and step < cfg.steps:
-                save_grid(cfg, step, source_row, G_ema)
+                save_grid(cfg, step, source_row, training.G_ema)
             if ranks.first() and (stop or (step % cfg.save_every == 0 and step < cfg.steps)):
-                save_run(cfg, step, log, G_ema, weights, averages, optimizer)
+                save_run(cfg, step, log, training)
             if stop:
                 bar.close()
                 print(f"stopped after step {step} of {cfg.steps}; the same command goes on")
                 raise SystemExit(128 + stop[0])
 
         if ranks.first():
-            save_grid(cfg, cfg.steps, source_row, G_ema)
-            save_run(cfg, cfg.steps, log, G_ema, weights, averages, optimizer)
+            save_grid(cfg, cfg.steps, source_row, training.G_ema)
+            save_run(cfg, cfg.steps, log, training)
     print_result(cfg)
+
+
+def prepare(
+    cfg: Config,
+    G_src: TriPlaneGenerator,
+    prior: DiffusionPrior,
+    vit: TokenFeatures | None,
+    clip: ClipFeatures,
+    reference: Tensor | None,
+) -> Training:
+    """Return a run before its first step; the reference picture is [1, 3, S, S]."""
+    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
+    target = clip.text([cfg.prompt]) if cfg.prompt else clip.images(reference)  # [1, D]
+    terms = objective(cfg, prior, condition, vit)
+
+    # The copy that learns and its moving average.
+    G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
+    weights = learning_weights(G, LEARNS[cfg.method])
+    averages = {name: G_ema.get_parameter(name) for name in weights}
+    optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
+    return Training(G_src, prior, terms, clip, target, G, G_ema, weights, averages, optimizer)
+
+
+def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
+    """Update the generator and its average once, and return the step's row of the log.
+
+    Raises:
+        FloatingPointError: a loss or gradient was not finite; nothing has been updated.
+    """
+    G, G_src, prior, weights = training.G, training.G_src, training.prior, training.weights
+    device = training.target.device
+
+    # Draw from the step's own seed, so that a resumed run draws what an unbroken one would;
+    # on the CPU, so that a GPU draws the same (but for the jitter of the rays).
+    torch.manual_seed(step_seed(cfg.seed, step))
+    z = torch.randn(cfg.batch, G.z_dim).to(device)
+    c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
+    t = draw_times(cfg, step, prior).to(device)  # [B]
+    noise = draw_noise(cfg, prior).to(device)  # [B, 4, h, w]
+    # Mapping sees the frontal camera: the render camera would leak pose into identity.
+    ws = G.mapping(z, G.cameras.frontal(cfg.batch).to(device), cfg.trunc)
+
+    row: dict[str, float] = {}  # Means over the batch.
+    training.optimizer.zero_grad()
+    for rows in ranks.slices(cfg.batch, cfg.micro_batch):
+        # Render the same heads before and after, with one ws and one jitter of the rays.
+        # What learns is in float32, for gradients too small for half precision.
+        with torch.no_grad():
+            torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+            source = G_src.synthesis(ws, c, rows=rows)
+        torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+        images = G.synthesis(ws, c, force_fp32=True, rows=rows)["image"]  # [b, 3, R, R]
+
+        # Sum the terms' gradients at the images, then go back through the generator once.
+        batch = Batch(source, t[rows], noise[rows], step / cfg.steps)
+        gradient, scores = image_gradient(training.terms, images, batch)
+        images.backward(gradient / cfg.batch)
+        with torch.no_grad():
+            scores["clip"] = (training.clip.images(images) @ training.target.T).mean().item()
+        for name, score in scores.items():
+            row[name] = row.get(name, 0.0) + score * len(images) / cfg.batch
+
+    # Add up the processes' gradients, and refuse what is no number.
+    gradients = [weight.grad for weight in weights.values()]
+    ranks.add_up(gradients, row)
+    row["grad_norm"] = nn.utils.get_total_norm(gradients).item()
+    if not all(map(isfinite, row.values())):
+        raise FloatingPointError(f"not finite at step {step}, t = {t.tolist()}: {row}")
+
+    # Update the weights and their average.
+    training.optimizer.step()
+    update_averages(training.averages, weights, half_life=EMA_HALF_LIFE * cfg.steps)
+    return row
 
 
 def resolve(cfg: Config) -> Config:
@@ -434,12 +480,12 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         source,
         controlnet if cfg.depth_scale else None,
         ip_adapter if cfg.image else None,
-        # Half precision is what Stable Diffusion is always run in; the VAE stays in float32.
-        dtype=torch.float16 if device.type == "cuda" else torch.float32,
+        dtype=prior_dtype(cfg, device),
         device=device,
         vae=cfg.vae and locate(cfg.vae),
         lora=lora and locate(lora),
         lora_scale=lora_scale,
+        vae_dtype=PRECISIONS[cfg.vae_precision],
         recompute_vae=cfg.low_memory,
     )
     if cfg.depth_scale and prior.controlnet is None:
@@ -451,13 +497,23 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         raise ValueError(f"{source} has no IP-Adapter for --image: name one with --adapters")
     unknown = prior.unknown_words(cfg.prompt or "")
     if unknown:
-        known = prior.vocabulary.get("domains", {"": "those of vocabulary.json"})
+        domains = prior.vocabulary.get("domains", {}).values() or prior.vocabulary["words"]
         print(
             f"warning: the prior has never seen the words {', '.join(unknown)}; "
-            f"the domains it knows are {', '.join(known.values())}",
+            f"the domains it knows are {', '.join(domains)}",
             file=sys.stderr,
         )
+    if cfg.compile:
+        prior.compile()
     return prior
+
+
+def prior_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Return the precision of the prior's networks except its VAE.
+
+    Half precision is what Stable Diffusion is always run in on a GPU.
+    """
+    return PRECISIONS[cfg.precision or ("fp16" if device.type == "cuda" else "fp32")]
 
 
 def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
@@ -572,39 +628,34 @@ def update_averages(
         average.lerp_(weights[name], 1 - 0.5 ** (1 / half_life))
 
 
-def save_run(
-    cfg: Config,
-    step: int,
-    log: TextIO,
-    G_ema: TriPlaneGenerator,
-    weights: dict[str, Tensor],
-    averages: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def save_run(cfg: Config, step: int, log: TextIO, training: Training) -> None:
     """Write the result so far and, last since resumes go by it, the checkpoint."""
     os.fsync(log.fileno())
-    save_generator(G_ema, cfg.out / "generator.safetensors")
+    save_generator(training.G_ema, cfg.out / "generator.safetensors")
     state = {
         "step": step,
-        "weights": {name: weight.detach() for name, weight in weights.items()},
-        "averages": averages,
-        "optimizer": optimizer.state_dict(),
+        "weights": {name: weight.detach() for name, weight in training.weights.items()},
+        "averages": training.averages,
+        "optimizer": training.optimizer.state_dict(),
     }
     save_checkpoint(cfg.out / f"ckpt-{step:06d}.pt", state)
 
 
 @torch.no_grad()
-def restore(
-    state: dict,
-    weights: dict[str, Tensor],
-    averages: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Put back what `save_run` saved."""
-    for name, weight in weights.items():
+def restore(state: dict, training: Training) -> None:
+    """Put back what `save_run` saved.
+
+    Raises:
+        ValueError: the checkpoint is of another run.
+    """
+    shapes = {name: weight.shape for name, weight in training.weights.items()}
+    for kept in (state.get("weights", {}), state.get("averages", {})):
+        if {name: weight.shape for name, weight in kept.items()} != shapes:
+            raise ValueError("the newest checkpoint is of another run: other weights learn there")
+    for name, weight in training.weights.items():
         weight.copy_(state["weights"][name])
-        averages[name].copy_(state["averages"][name])
-    optimizer.load_state_dict(state["optimizer"])
+        training.averages[name].copy_(state["averages"][name])
+    training.optimizer.load_state_dict(state["optimizer"])
 
 
 def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: TriPlaneGenerator) -> None:

@@ -95,7 +95,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
     Args:
         path: Where to; the digits in its name are the step.
-        state: Nested dicts and lists of tensors, numbers and strings.
+        state: Nested dicts and lists of tensors, numbers and strings; `step` is in it.
     """
     atomic_write(path, lambda file: torch.save(state, file))
     for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
@@ -109,7 +109,10 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     """
     for path in _checkpoints(Path(folder)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
+                raise ValueError("no training state")
+            return state
         # Depending on where a file is cut, torch raises OSError, EOFError, RuntimeError, ...
         except Exception as error:
             print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)

@@ -64,7 +64,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 29
+    assert len(flags) <= 32
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -223,6 +223,9 @@ BAD = {
             ("hsc_weight", -1, "hsc-weight"),
             ("hsc_temperature", 0, "hsc-temperature"),
             ("trunc", "nan", "trunc"),
+            ("trunc", "1e30", "trunc"),
+            ("lr", "1e39", "lr"),
+            ("guidance", "1e38", "guidance"),
         ]
     },
 }
@@ -258,8 +261,10 @@ def test_bad_weight_of_a_lora_is_one_line(tmp_path, call, weight):
 
 
 @pytest.mark.parametrize("argv", [["--steps", "many"], ["--method", "magic"], ["--nonsense", "1"]])
-def test_words_that_do_not_parse_exit_with_2(tmp_path, call, argv):
-    assert call(train, [*arguments(tmp_path / "run"), *argv])[0] == 2
+def test_words_that_do_not_parse_are_one_line(tmp_path, call, argv):
+    code, _, err = call(train, [*arguments(tmp_path / "run"), *argv])
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert argv[0] in err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,690 @@
+"""Measure a training step and its parts: time, floating-point operations, memory.
+
+    python bench.py
+    python bench.py --base ffhq --generator ffhqrebalanced512-128.pkl --batch 4 --json bench.json
+    python bench.py --random full --parts generator generator_backward
+
+Prints a table and what its columns mean, and writes both to --out, all numbers to --json. The whole
+step is train.py's own, with its losses and Adam's update; the other parts are what it calls.
+"""
+
+import copy
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+import train
+from losses import guided_noise
+from models.checkpoint import atomic_write, load_generator
+from models.diffusion import Condition, DiffusionPrior, depth_condition
+from models.eg3d import TriPlaneGenerator
+from models.features import ClipFeatures, TokenFeatures
+from models.official import RELEASED, released_arguments, with_foreground
+from models.pretrained import load_tokenizer, quiet_loading
+from runs import REPOSITORY, locate, peak_gb, pick_device, run_cli
+
+PROMPT = "a bronze statue"
+NETWORKS = ("generator", "diffusion", "adapters", "vae", "features", "clip")
+SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
+EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": None, "compile": False}
+CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Of the convolution and of the square matrices.
+CONV_GFLOP, MATMUL_GFLOP = 18 * CHANNELS**2 * SIDE**2 / 1e9, 2 * MATRIX**3 / 1e9
+LONG = 60.0  # Seconds; a part that has taken longer is not timed again.
+NOTES = f"""\
+- *seconds*: median of the timed calls, after one that is counted.
+- *TFLOP*: the operations of convolutions and matrix products, attention's included, 2 for a
+  multiply-add. Plane lookups, element-wise work, normalisation, resizing and Adam's step are not
+  counted.
+- *units*: of the time of one float32 convolution, 3 x 3, {CHANNELS} -> {CHANNELS} channels,
+  {SIDE} x {SIDE} px, done just before each timed call. *of conv*, *of matmul*: GFLOP/s, compared
+  with that convolution's and with those of a float32 product of {MATRIX} x {MATRIX} matrices.
+  A GPU does both as torch is set there, which is with TF32 for convolutions alone.
+- On a CPU, units and rates go by *CPU s*, the seconds of all threads together: other processes
+  disturb them less than they disturb the clock.
+- *GB*: the most that torch held beyond what it held before the counted call: activations,
+  gradients, Adam's state, work space; not the networks' weights, nor what malloc loses between
+  blocks, which made a process on a CPU grow by a fifth to a half more.
+"""
+
+Row = dict[str, float | None]  # What was measured of a part, by name.
+
+
+@dataclass
+class Config:
+    """Options of bench.py; those named as train.py's are the same."""
+
+    base: Literal["puppets", "ffhq", "afhq"] = "puppets"  # World whose presets count.
+    generator: str | None = None  # Generator to adapt: file, run folder, hub id or URL.
+    diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
+    adapters: tuple[str] | None = None  # Depth ControlNet of the prior: folder or hub id.
+    vae: str | None = None  # Other VAE of the prior, or TAESD: folder or hub id.
+    features: str | None = None  # Frozen ViT that HSC compares: folder or hub id.
+    clip: str | None = None  # CLIP that scores the log: folder or hub id.
+    random: Literal["full"] | None = None
+    """Random networks of full size instead, made in memory: EG3D's for faces of 512 px, Stable
+    Diffusion 1.5 with its depth ControlNet, DINOv2-small, CLIP ViT-B/32."""
+
+    batch: int = 1  # Heads in a step.
+    micro_batch: int | None = None  # Heads that the step renders at once; None: all of them.
+    low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
+    precision: Literal["fp32", "fp16", "bf16"] | None = None  # Of the prior except its VAE.
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE.
+    compile: bool = False  # Compile UNet, ControlNet and VAE.
+
+    parts: tuple[str, ...] = ()  # Parts to measure, by their names in the table; none: all.
+    repeats: int = 5  # Timed calls of each part; of those that take minutes there are fewer.
+    device: str | None = None  # One of cpu, cuda, cuda:1, mps; None: cuda where there is one.
+    json: Path | None = None  # File to write all numbers to.
+    out: Path | None = None  # File to write the table to, such as docs/benchmarks.md.
+
+
+def main(cfg: Config) -> None:
+    """Measure, print and write.
+
+    Raises:
+        ValueError: an option cannot be used; nothing has been measured.
+    """
+    check_options(cfg)
+    run = run_options(cfg)
+    device = pick_device(cfg.device)
+    report = describe(cfg, device)
+    torch.manual_seed(0)
+    world = World(run, device, random=cfg.random is not None)
+    yardsticks = [convolution(device), product(device)]
+    for yardstick in yardsticks:
+        yardstick()  # The first call is slower.
+    for name in tqdm([name for name in PARTS if name in (cfg.parts or PARTS)], unit="part"):
+        report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
+        report["process_peak_gb"] = peak_gb(device)
+        write(report, cfg)  # What is measured so far, should it be stopped.
+    if "sds" in report["parts"]:
+        report["gradient"] = compare(world)
+        write(report, cfg)
+    print(markdown(report))
+
+
+def write(report: dict, cfg: Config) -> None:
+    """Write what has been measured to the files asked for."""
+    if cfg.json:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        atomic_write(cfg.json, lambda file: file.write(text.encode()))
+    if cfg.out:
+        atomic_write(cfg.out, lambda file: file.write(markdown(report).encode()))
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse what cannot be measured or written.
+
+    Raises:
+        ValueError: naming the flag, the rule and the value.
+    """
+    unknown = ", ".join(sorted(set(cfg.parts) - PARTS.keys()))
+    if unknown:
+        raise ValueError(f"--parts must be among {', '.join(PARTS)}, got {unknown}")
+    if cfg.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {cfg.repeats}")
+    given = ", ".join(f"--{name}" for name in NETWORKS if getattr(cfg, name) is not None)
+    if cfg.random and (given or cfg.base != "puppets"):
+        raise ValueError(f"--random full replaces all networks, so no {given or '--base'} with it")
+    for flag, path in (("--json", cfg.json), ("--out", cfg.out)):
+        if path and (os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK)):
+            raise ValueError(f"{flag} {path} is no file that can be written")
+
+
+def run_options(cfg: Config) -> train.Config:
+    """Return the settled options of the run whose step is measured.
+
+    Raises:
+        ValueError: train.py would refuse them.
+    """
+    given = {name: getattr(cfg, name) for name in ("base", *NETWORKS, *SWITCHES)}
+    if cfg.random:
+        given |= {"base": "ffhq", "generator": "random"}
+    run = train.resolve(train.Config(prompt=PROMPT, out=Path(tempfile.gettempdir()), **given))
+    train.check_options(run)
+    return run
+
+
+class World:
+    """Networks and inputs of one step, each made when first asked for.
+
+    Letters as in train.py; B heads, all of them at once.
+    """
+
+    def __init__(self, cfg: train.Config, device: torch.device, random: bool = False) -> None:
+        """Take settled options; `random` networks are of full size, whatever `cfg` names."""
+        self.cfg, self.device, self.random = cfg, device, random
+        self.numbers = itertools.count(1)  # Of steps.
+
+    def call(self, part: Callable[..., object]) -> Callable[[], object]:
+        """Return a part as a call without arguments: each gets what here has its name."""
+        return partial(part, *(getattr(self, name) for name in inspect.signature(part).parameters))
+
+    @cached_property
+    def G_src(self) -> TriPlaneGenerator:
+        """The frozen source."""
+        G = random_generator() if self.random else load_generator(locate(self.cfg.generator))
+        return G.to(self.device)
+
+    @cached_property
+    def G(self) -> TriPlaneGenerator:
+        """A copy that learns."""
+        G = copy.deepcopy(self.G_src)
+        train.learning_weights(G, train.LEARNS[self.cfg.method])
+        return G
+
+    @cached_property
+    def prior(self) -> DiffusionPrior:
+        """The frozen prior."""
+        return (random_prior if self.random else train.load_prior)(self.cfg, self.device)
+
+    @cached_property
+    def vit(self) -> TokenFeatures:
+        """The frozen ViT."""
+        return (random_vit if self.random else train.load_vit)(self.cfg, self.device)
+
+    @cached_property
+    def clip(self) -> ClipFeatures:
+        """The frozen CLIP."""
+        if self.random:
+            return random_clip(self.device)
+        return ClipFeatures.from_pretrained(locate(self.cfg.clip), self.device)
+
+    @cached_property
+    def training(self) -> train.Training:
+        """All of them, as train.py prepares them for a run."""
+        return train.prepare(self.cfg, self.G_src, self.prior, self.vit, self.clip, None)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Latents, [B, z_dim]."""
+        return torch.randn(self.cfg.batch, self.G_src.z_dim).to(self.device)
+
+    @cached_property
+    def frontal(self) -> Tensor:
+        """The frontal camera for each of them, [B, 25]."""
+        return self.G_src.cameras.frontal(self.cfg.batch).to(self.device)
+
+    @cached_property
+    def c(self) -> Tensor:
+        """Cameras, [B, 25]."""
+        return self.G_src.cameras.sample(self.cfg.batch).to(self.device)
+
+    @cached_property
+    def ws(self) -> Tensor:
+        """Style codes, [B, num_ws, w_dim]."""
+        return self.G_src.mapping(self.z, self.frontal)
+
+    @cached_property
+    def planes(self) -> Tensor:
+        """Planes of the source, [B, 3, C, P, P]."""
+        return self.G_src.planes(self.ws)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """What super-resolution is given, [B, C, n, n]."""
+        n = self.G_src.neural_rendering_resolution
+        channels = self.G_src.superresolution.block0.conv0.weight.shape[1]
+        return torch.randn(self.cfg.batch, channels, n, n).to(self.device)
+
+    @cached_property
+    def batch(self) -> train.Batch:
+        """The source's renders, times and noise, half-way through a run."""
+        source = self.G_src.synthesis(self.ws, self.c)
+        times = train.draw_times(self.cfg, self.cfg.steps // 2, self.prior).to(self.device)
+        noise = train.draw_noise(self.cfg, self.prior).to(self.device)
+        return train.Batch(source, times, noise, progress=0.5)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Images that want gradients, [B, 3, R, R]."""
+        return self.G_src.synthesis(self.ws, self.c)["image"].requires_grad_()
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The embedded prompt."""
+        return self.prior.condition(PROMPT)
+
+    @cached_property
+    def controlnet_inputs(self) -> tuple[Tensor, ...]:
+        """Latents, times, text and depth of one batch for both halves of guidance."""
+        source, size = self.batch.source, self.prior.image_size
+        depth = depth_condition(source["image_depth"], source["mask"], size)
+        text = self.condition.text.repeat_interleave(len(depth), 0)  # [2B, L, D]
+        latents, depth = (x.repeat(2, 1, 1, 1) for x in (self.batch.noise, depth))
+        latents, text, depth = (x.to(self.prior.controlnet.dtype) for x in (latents, text, depth))
+        return latents, self.batch.t.repeat(2), text, depth
+
+
+# The parts: functions of what World has under their arguments' names, which is made beforehand.
+
+
+@torch.no_grad()
+def backbone(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor) -> None:
+    """Map latents to planes."""
+    G_src.planes(G_src.mapping(z, frontal))
+
+
+@torch.no_grad()
+def rendering(G_src: TriPlaneGenerator, ws: Tensor, c: Tensor, planes: Tensor) -> None:
+    """March the rays of an image through planes."""
+    G_src.synthesis(ws, c, planes=planes, superresolve=False)
+
+
+@torch.no_grad()
+def superresolution(G_src: TriPlaneGenerator, ws: Tensor, features: Tensor) -> None:
+    """Make an image of what was rendered."""
+    G_src.superresolution(features[:, :3], features, ws, "none")
+
+
+@torch.no_grad()
+def generator(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
+    """Do these three, for the source's image."""
+    G_src.synthesis(G_src.mapping(z, frontal), c)
+
+
+def generator_backward(G: TriPlaneGenerator, ws: Tensor, c: Tensor) -> None:
+    """Make an image and go back to the weights that learn."""
+    G.zero_grad()
+    images = G.synthesis(ws, c, force_fp32=True)["image"]
+    images.backward(torch.ones_like(images))
+
+
+@torch.no_grad()
+def vae(prior: DiffusionPrior, images: Tensor) -> None:
+    """Encode images."""
+    prior.encode_images(train.resize(images, prior.image_size))
+
+
+def vae_backward(prior: DiffusionPrior, images: Tensor) -> None:
+    """Encode images and go back to them."""
+    latents = prior.encode_images(train.resize(images, prior.image_size))
+    torch.autograd.grad(latents.sum(), images)
+
+
+@torch.no_grad()
+def controlnet(prior: DiffusionPrior, controlnet_inputs: tuple[Tensor, ...]) -> None:
+    """Look at the depth, for both halves of guidance."""
+    prior.controlnet(*controlnet_inputs, return_dict=False)
+
+
+def unet(
+    cfg: train.Config, prior: DiffusionPrior, batch: train.Batch, condition: Condition
+) -> None:
+    """Predict noise with guidance, both halves in one batch, without depth."""
+    guided_noise(prior, batch.noise, batch.t, condition, cfg.guidance)
+
+
+@torch.no_grad()
+def vit(vit: TokenFeatures, images: Tensor) -> None:
+    """Make the tokens that HSC compares."""
+    vit.tokens(images)
+
+
+def vit_backward(vit: TokenFeatures, images: Tensor) -> None:
+    """Make the tokens and go back to the images."""
+    torch.autograd.grad(vit.tokens(images).sum(), images)
+
+
+@torch.no_grad()
+def clip(clip: ClipFeatures, images: Tensor) -> None:
+    """Score images for the log."""
+    clip.images(images)
+
+
+def sds(training: train.Training, images: Tensor, batch: train.Batch) -> Tensor:
+    """Take the gradient of DSDS at the images: VAE, ControlNet, UNet."""
+    return train.image_gradient({"sds": training.terms["sds"]}, images, batch)[0]
+
+
+def hsc(training: train.Training, images: Tensor, batch: train.Batch) -> None:
+    """Take the gradient of HSC at the images: the ViT, for source and adapted ones."""
+    train.image_gradient({"hsc": training.terms["hsc"]}, images, batch)
+
+
+def step(cfg: train.Config, training: train.Training, numbers: Iterator[int]) -> dict[str, float]:
+    """Take a whole step of training, and return its row of the log."""
+    return train.take_step(cfg, next(numbers), training)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        *(backbone, rendering, superresolution, generator, generator_backward),
+        *(vae, vae_backward, controlnet, unet, vit, vit_backward, clip),
+        *(sds, hsc, step),
+    )
+}
+
+
+def convolution(device: torch.device) -> Callable[[], object]:
+    """Return the convolution whose time is the unit."""
+    x = torch.randn(1, CHANNELS, SIDE, SIDE).to(device)
+    return partial(F.conv2d, x, torch.randn(CHANNELS, CHANNELS, 3, 3).to(device), padding=1)
+
+
+def product(device: torch.device) -> Callable[[], object]:
+    """Return the product of two matrices."""
+    return partial(torch.mm, *torch.randn(2, MATRIX, MATRIX).to(device))
+
+
+def measure(
+    call: Callable[[], object],
+    yardsticks: Sequence[Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+) -> Row:
+    """Count a call, then time it beside a convolution and a product.
+
+    Returns:
+        What the columns of the table show (see `NOTES`), and what it was compared with,
+        `conv_seconds` and `matmul_seconds`, by the same clock as units and rates.
+    """
+    gflop, memory = count(call, device)
+    clock = 1 if device.type == "cpu" else 0  # Of the two that `stopwatch` reads.
+    times: list[list[tuple[float, float]]] = []  # Of convolution, product and call.
+    while len(times) < repeats and sum(row[-1][clock] for row in times) < LONG:
+        times.append([stopwatch(run, device) for run in (*yardsticks, call)])
+    conv, matmul, spent = ([row[i][clock] for row in times] for i in range(3))
+    units = median(part / unit for part, unit in zip(spent, conv, strict=True))
+    products = median(part / unit for part, unit in zip(spent, matmul, strict=True))
+    return {
+        "repeats": len(times),
+        "seconds": median(row[-1][0] for row in times),
+        "cpu_seconds": median(row[-1][1] for row in times),
+        "conv_seconds": median(conv),
+        "matmul_seconds": median(matmul),
+        "gflop": gflop,
+        "gflop_per_second": gflop / median(spent),
+        "units": units,
+        "of_conv": gflop / CONV_GFLOP / units,
+        "of_matmul": gflop / MATMUL_GFLOP / products,
+        "peak_gb": memory,
+    }
+
+
+def compare(world: World) -> dict[str, float] | None:
+    """Compare DSDS's gradient at the images with that of the prior as it is, in float32.
+
+    Returns:
+        Their cosine and the ratio of their lengths, means over the heads; None if it is the same.
+    """
+    dtype = train.prior_dtype(world.cfg, world.device)
+    cfg = replace(world.cfg, **EXACT)
+    if replace(cfg, precision=world.cfg.precision) == world.cfg and dtype == torch.float32:
+        return None
+    exact = World(cfg, world.device, world.random)
+    for shared in ("G_src", "vit", "clip", "images", "batch"):
+        setattr(exact, shared, getattr(world, shared))
+    ours, theirs = (sds(w.training, w.images, w.batch).flatten(1) for w in (world, exact))
+    ratios = ours.norm(dim=1) / theirs.norm(dim=1)
+    return {
+        "cosine": F.cosine_similarity(ours, theirs).mean().item(),
+        "ratio": ratios.mean().item(),
+    }
+
+
+def stopwatch(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a call by the clock, and of all its threads on CPUs."""
+    finish(device)
+    began = time.perf_counter(), time.process_time()
+    call()
+    finish(device)
+    return time.perf_counter() - began[0], time.process_time() - began[1]
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def count(call: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+    """Return the GFLOP of a call, and the most memory [GB] it adds; None where it is not known."""
+    with Operations() as operations:
+        if device.type == "cpu":
+            peak = cpu_peak(call)
+        elif device.type == "cuda":
+            held = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            call()
+            peak = torch.cuda.max_memory_allocated(device) - held
+        else:
+            call()
+            peak = None
+    return operations.flops / 1e9, None if peak is None else peak / 1e9
+
+
+def cpu_peak(call: Callable[[], object]) -> int:
+    """Return the most bytes that torch's allocations in a call add up to at any moment.
+
+    The process's own size would tell little: malloc keeps what was freed for the next part.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # The profiler would announce itself.
+    with profile(profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+class Operations(TorchDispatchMode):
+    """Count floating-point operations by torch's formulas.
+
+    FlopCounterMode has the same formulas, but cannot watch `autograd.grad`, and counts no
+    attention on a CPU (torch 2.13).
+    """
+
+    formulas = flop_registry | {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *given, **_: (
+            sdpa_flop_count(*(x.shape for x in given[:3]))
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *given, **_: sdpa_backward_flop_count(*(x.shape for x in given[:4]))
+        ),
+    }
+
+    def __init__(self) -> None:
+        """Start from none."""
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Do what torch was about to do, and add its operations."""
+        kwargs = kwargs or {}
+        formula = self.formulas.get(func.overloadpacket)
+        if formula is None:
+            with self:  # Inference mode shows operations before they are taken apart.
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def describe(cfg: Config, device: torch.device) -> dict:
+    """Return what the numbers hang on, as JSON knows it, with room for them."""
+    packages = ("torch", "diffusers", "transformers")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "type": device.type,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        },
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | versions,
+        "commit": commit(),
+        "settings": json.loads(json.dumps(asdict(cfg), default=str)),
+        "parts": {},
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Return this repository's commit, with -dirty if files differ from it, or None."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def markdown(report: dict) -> str:
+    """Return a report as a page of Markdown."""
+    machine, settings, parts = report["machine"], report["settings"], report["parts"]
+    on_cpu = machine["type"] == "cpu"
+    settings = {k: v for k, v in settings.items() if v and k not in ("json", "out")}
+    given = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in settings.items()]
+    versions = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    load = machine["load"]
+    busy = f" (busy: load {load:.1f} at the start)" if load and load > machine["cores"] / 2 else ""
+    conv, matmul = (
+        median(gflop / row[f"{name}_seconds"] for row in parts.values())
+        for name, gflop in (("conv", CONV_GFLOP), ("matmul", MATMUL_GFLOP))
+    )
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `bench.py --out`, which measures a step of train.py and its parts.",
+        *(["", "**Not measured on a GPU yet**: all figures are a CPU's."] if on_cpu else []),
+        "",
+        f"- machine: {machine['device']}, cores: {machine['cores']}, threads: {machine['threads']}"
+        f"{busy}",
+        f"- versions: {', '.join(versions)}; commit {report['commit'] or 'unknown'}",
+        f"- settings: {', '.join(given)}",
+        f"- measured beside: convolution {conv:.1f} GFLOP/s, matrix product {matmul:.1f} GFLOP/s",
+        f"- most memory of the process: {report['process_peak_gb']:.2f} GB",
+        "",
+        "| part | seconds | CPU s | TFLOP | GFLOP/s | of conv | of matmul | units | GB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in parts.items():
+        memory = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
+        lines.append(
+            f"| {name} | {row['seconds']:.3g} | {row['cpu_seconds']:.3g} "
+            f"| {row['gflop'] / 1e3:.4g} | {row['gflop_per_second']:.3g} | {row['of_conv']:.0%} "
+            f"| {row['of_matmul']:.0%} | {row['units']:.3g} | {memory} |"
+        )
+    if {"step", "hsc"} <= parts.keys():
+        whole, consistency = (parts[name]["gflop"] / 1e3 for name in ("step", "hsc"))
+        lines += [
+            "",
+            f"A whole step of {settings['batch']}: {whole:.3f} TFLOP, of which HSC "
+            f"{consistency:.3f}, the rest {whole - consistency:.3f}.",
+        ]
+    if report.get("gradient"):
+        cosine, ratio = report["gradient"].values()
+        lines += [
+            "",
+            "DSDS's gradient at the images, beside that in float32 with the prior's own VAE: "
+            f"cosine {cosine:.5f}, {ratio:.4f} times as long.",
+        ]
+    return "\n".join([*lines, "", NOTES])
+
+
+# Networks of full size with random weights.
+
+
+def random_generator() -> TriPlaneGenerator:
+    """Return EG3D's generator for faces of 512 px."""
+    img_resolution, n, rendering_kwargs = RELEASED["ffhq512-128"]
+    rendering_kwargs = with_foreground(rendering_kwargs)
+    G = TriPlaneGenerator(**released_arguments(img_resolution), rendering_kwargs=rendering_kwargs)
+    G.neural_rendering_resolution = n
+    return G.eval().requires_grad_(False)
+
+
+def random_prior(cfg: train.Config, device: torch.device) -> DiffusionPrior:
+    """Return Stable Diffusion 1.5 with a depth ControlNet; words become those of puppets."""
+    torch.manual_seed(0)  # So that `compare` gets the same weights again.
+    dtype = train.prior_dtype(cfg, device)
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    controlnet = ControlNetModel.from_unet(unet)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    if cfg.low_memory:
+        vae.enable_gradient_checkpointing()
+    with quiet_loading():  # Else a change of precision is warned of.
+        prior = DiffusionPrior(
+            vae.to(device, train.PRECISIONS[cfg.vae_precision]),
+            unet.to(device, dtype),
+            CLIPTextModel(text_config).to(device, dtype),
+            puppets_tokenizer(),
+            DDPMScheduler(**schedule),
+            controlnet.to(device, dtype),
+        )
+    if cfg.compile:
+        prior.compile()
+    return prior
+
+
+def random_vit(cfg: train.Config, device: torch.device) -> TokenFeatures:
+    """Return DINOv2-small, for images of 224 px."""
+    shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    return TokenFeatures(Dinov2Model(Dinov2Config(**shape)).to(device), size=224)
+
+
+def random_clip(device: torch.device) -> ClipFeatures:
+    """Return CLIP ViT-B/32, which is the size of transformers' default."""
+    return ClipFeatures(CLIPModel(CLIPConfig()).to(device), puppets_tokenizer())
+
+
+def puppets_tokenizer() -> CLIPTokenizer:
+    """Return the tokenizer at hand, whose tokens are fewer than CLIP's."""
+    return load_tokenizer(str(REPOSITORY / train.BASES["puppets"]["clip"]))
+
+
+if __name__ == "__main__":
+    run_cli(Config, main, __doc__)

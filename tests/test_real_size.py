@@ -1,0 +1,74 @@
+"""A run on files of real size and format: EG3D's .pkl and Stable Diffusion 1.5, random weights."""
+
+import json
+import subprocess
+import sys
+from math import isfinite
+
+import pytest
+import torch
+from official_pickle import content_of, write_pickle
+from safetensors import safe_open
+
+import bench
+import train
+from models.checkpoint import load_generator
+from runs import REPOSITORY
+
+
+def write_stable_diffusion(folder):
+    """Write a diffusers folder of Stable Diffusion 1.5's size, in half precision, and return it."""
+    cfg = bench.run_options(bench.Config(random="full", precision="bf16", vae_precision="bf16"))
+    prior = bench.random_prior(cfg, torch.device("cpu"))
+    parts = {"vae": prior.vae, "unet": prior.unet, "text_encoder": prior.text_encoder}
+    for name, network in (parts | {"controlnet": prior.controlnet}).items():
+        network.half().save_pretrained(folder / name)
+    prior.tokenizer.save_pretrained(folder / "tokenizer")
+    schedule = {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000}
+    schedule |= {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(schedule))
+    index = {name: ["diffusers", type(network).__name__] for name, network in parts.items()}
+    index |= {"_class_name": "StableDiffusionPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.slow
+def test_training_on_files_of_real_size(tmp_path):
+    G = bench.random_generator()
+    with torch.no_grad():
+        G.decoder.net[2].bias[0] = 4  # A raw density at which there is something to see.
+    files = {"generator": write_pickle(tmp_path / "ffhq.pkl", content_of(G, others=32_500_000))}
+    assert 370e6 < files["generator"].stat().st_size < 390e6
+    files["diffusion"] = write_stable_diffusion(tmp_path / "sd15")
+    for name, network in {
+        "features": bench.random_vit(train.Config(), torch.device("cpu")).model,
+        "clip": bench.random_clip(torch.device("cpu")).model,
+    }.items():
+        files[name] = tmp_path / name
+        network.save_pretrained(files[name])
+    bench.puppets_tokenizer().save_pretrained(files["clip"])
+
+    options = [f"--{name}={file}" for name, file in files.items()]
+    options += [
+        "--adapters",
+        str(files["diffusion"] / "controlnet"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "train.py", "--base", "ffhq", "--prompt", "a bronze statue"]
+    command += ["--steps", "2", "--batch", "1", "--device", "cpu", *options]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = list(map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()))
+    print(rows)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(isfinite(value) for row in rows for value in row.values())
+    assert 0 < rows[-1]["grad_norm"] and rows[-1]["peak_gb"] < 16
+
+    adapted, source = load_generator(tmp_path / "run"), load_generator(files["generator"])
+    moved = {n for n, w in adapted.named_parameters() if not w.equal(source.get_parameter(n))}
+    assert len(moved) == len(train.learning_weights(source, train.LEARNS["gca3d"]))
+    with safe_open(tmp_path / "run/generator.safetensors", "pt") as file:
+        assert len(file.keys()) == len(G.state_dict())
