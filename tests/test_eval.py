@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
+import metrics
 from eval import Config, Renders, Source, Views
 from models.cameras import orbit
 from models.checkpoint import save_generator
@@ -43,7 +44,8 @@ def renders(angles, people):
     blob = torch.exp(-((x - yaw) ** 2 + (y - pitch) ** 2) * 2)
     image = blob.unsqueeze(1).repeat(1, 3, 1, 1)
     depth = 2.5 + blob.unsqueeze(1)
-    return Renders(image, depth, torch.ones_like(depth), people)
+    mask = torch.ones_like(depth)
+    return Renders(image, depth, mask, people, depth, mask)
 
 
 @pytest.fixture
@@ -85,14 +87,18 @@ def change_settings(ckpt, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def depth_corr(source, adapted):
+    return metrics.depth_correlation(source.depth, adapted.depth, source.mask)
+
+
 CFG = Config(ckpt=(), batch=16)
 
 
 def test_direction_is_where_the_orbit_puts_the_camera():
     angles = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, -0.2], [-0.4, 0.3]])
     eye = F.normalize(orbit(*angles.T, radius=1.7, pivot=(0.0, 0.0, 0.0))[:, :3, 3], dim=1)
-    torch.testing.assert_close(evaluation.direction(angles), eye)
-    turned = evaluation.angle_deg(eye, eye[:1].expand(4, 3))
+    torch.testing.assert_close(metrics.direction(angles), eye)
+    turned = metrics.angle_deg(eye, eye[:1].expand(4, 3))
     torch.testing.assert_close(turned[1].item(), degrees(0.5), rtol=1e-4, atol=0)
     # Pitch is uniform in area: -0.2 is an elevation of asin(0.4 / pi), not 0.2.
     torch.testing.assert_close(turned[2].item(), degrees(asin(0.4 / pi)), rtol=1e-4, atol=0)
@@ -102,17 +108,16 @@ def test_angles_are_exact_where_arccos_is_not():
     a = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     b = torch.tensor([[1e-4, 0.0, 1.0], [0.0, 0.0, -1.0]])
     expected = torch.tensor([degrees(1e-4), 180.0])
-    torch.testing.assert_close(evaluation.angle_deg(a, b), expected)
+    torch.testing.assert_close(metrics.angle_deg(a, b), expected)
 
 
 def test_an_unchanged_generator_scores_perfectly(scene):
     source = scene.renders
-    scores = evaluation.identity(FakeClip(), source, source, CFG)
-    assert scores == {"identity_top1": 1.0, "identity_mrr": 1.0, "diversity": 1.0}
-    pose = evaluation.pose(FakeClip(), scene, source, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=1e-3)
-    assert pose["pose_source_deg"] < 3
-    assert evaluation.depth_correlation(source, source) == pytest.approx(1, abs=1e-5)
+    scores = evaluation.likeness(FakeClip(), scene, source, CFG)
+    assert scores["pose_deg"] == pytest.approx(scores["pose_source_deg"], abs=1e-3)
+    assert scores["pose_source_deg"] < 3
+    assert scores["identity_top1"] == scores["identity_mrr"] == scores["diversity"] == 1
+    assert depth_corr(source, source) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4])
@@ -122,7 +127,7 @@ def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene, pictu
     generator = torch.Generator().manual_seed(0)
     one = source.front[:1] if picture == "one head" else torch.full_like(source.front[:1], 0.25)
     front = one + noise * torch.randn(source.front.shape, generator=generator)
-    scores = evaluation.identity(FakeClip(), source, replace(source, front=front), CFG)
+    scores = evaluation.likeness(FakeClip(), scene, replace(source, front=front), CFG)
     assert scores["diversity"] < 0.01 and (noise or scores["diversity"] == 0)
     # One of 48 is chance; among pictures that differ at least by noise, some more may be luck.
     assert scores["identity_top1"] <= (0.15 if noise else 1 / 48 + 1e-6)
@@ -133,28 +138,28 @@ def test_a_collapsed_source_and_infinite_pictures_are_refused(scene):
     source = scene.renders
     same = replace(source, front=source.front[:1].expand_as(source.front))
     with pytest.raises(ValueError, match="same picture"):
-        evaluation.identity(FakeClip(), same, source, CFG)
+        evaluation.likeness(FakeClip(), replace(scene, renders=same), source, CFG)
     broken = replace(source, front=source.front / 0, depth=source.depth / 0)
     with pytest.raises(ValueError, match="not finite"):
-        evaluation.identity(FakeClip(), source, broken, CFG)
+        evaluation.likeness(FakeClip(), scene, broken, CFG)
     with pytest.raises(ValueError, match="not finite"):
-        evaluation.depth_correlation(source, broken)
+        depth_corr(source, broken)
 
 
 def test_shuffled_people_are_found_by_chance_only(scene):
     source = scene.renders
     rolled = replace(source, front=source.front.roll(1, 0))
-    scores = evaluation.identity(FakeClip(), source, rolled, CFG)
+    scores = evaluation.likeness(FakeClip(), scene, rolled, CFG)
     assert scores["identity_top1"] == 0 and scores["diversity"] == pytest.approx(1, abs=1e-5)
 
 
 def test_swapped_views_score_the_angle_between_them(scene):
     source = scene.renders
     mirrored = replace(source, image=source.image.flip(-1))
-    pose = evaluation.pose(FakeClip(), scene, mirrored, CFG)
-    known = evaluation.angle_deg(
-        evaluation.direction(scene.views.angles * torch.tensor([-1, 1])),
-        evaluation.direction(scene.views.angles),
+    pose = evaluation.likeness(FakeClip(), scene, mirrored, CFG)
+    known = metrics.angle_deg(
+        metrics.direction(scene.views.angles * torch.tensor([-1, 1])),
+        metrics.direction(scene.views.angles),
     )
     assert pose["pose_deg"] == pytest.approx(known.mean().item(), rel=0.15)
 
@@ -163,21 +168,21 @@ def test_a_recoloured_and_paler_domain_keeps_pose_and_identity(scene):
     source = scene.renders
     tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
     tinted = replace(source, image=source.image / 3 + tint, front=source.front / 3 + tint)
-    pose = evaluation.pose(FakeClip(), scene, tinted, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=0.05)
-    assert evaluation.identity(FakeClip(), source, tinted, CFG)["identity_top1"] == 1
+    scores = evaluation.likeness(FakeClip(), scene, tinted, CFG)
+    assert scores["pose_deg"] == pytest.approx(scores["pose_source_deg"], abs=0.05)
+    assert scores["identity_top1"] == 1
 
 
 def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
     source = scene.renders
     turned = replace(source, depth=-source.depth)
-    assert evaluation.depth_correlation(source, turned) == pytest.approx(-1, abs=1e-5)
+    assert depth_corr(source, turned) == pytest.approx(-1, abs=1e-5)
     flat = replace(source, depth=torch.full_like(source.depth, 2.7))
-    assert evaluation.depth_correlation(source, flat) == 0
+    assert depth_corr(source, flat) == 0
     half = replace(source, depth=torch.cat([source.depth[:24], flat.depth[24:]]))
-    assert evaluation.depth_correlation(source, half) == pytest.approx(0.5, abs=1e-5)
+    assert depth_corr(source, half) == pytest.approx(0.5, abs=1e-5)
     empty = replace(source, mask=torch.zeros_like(source.mask))
-    assert evaluation.depth_correlation(empty, source) == 0
+    assert depth_corr(empty, source) == 0
 
 
 def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
@@ -186,8 +191,8 @@ def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
     names = {"clip_text", "pose_deg", "identity_top1", "identity_mrr", "diversity", "depth_corr"}
     assert names < set(row) and 0.1 < row["peak_gb"] < 50
     assert (row["samples"], row["seed"], row["trunc"]) == (8, 1_000_000, 1.0)
-    assert row["steps_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
-    assert f"{row['diversity']:.3f}" in capsys.readouterr().out
+    assert row["total_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
+    assert f"{row['diversity']:.3g}" in capsys.readouterr().out
 
 
 def test_scores_do_not_depend_on_the_batch(finished, tmp_path):
@@ -208,6 +213,7 @@ def test_runs_share_the_renders_of_one_source_but_not_of_another(finished, copie
         evaluation.main(cfg)
         assert drawn == ["pose probe", "source", "adapted", "adapted"]
         change_settings(copied, trunc=0.5)
+        cfg.out.unlink()
         evaluation.main(cfg)
         assert drawn[4:] == ["pose probe", "source", "adapted"] * 2
     row = json.loads(cfg.out.read_text())[str(finished)]
@@ -277,7 +283,7 @@ def test_every_run_is_checked_before_any_is_scored(finished, tmp_path, monkeypat
     assert not out.parent.exists()
 
 
-@pytest.mark.parametrize("name", ["clip", "diffusion", "method", "prompt", "trunc"])
+@pytest.mark.parametrize("name", ["clip", "diffusion", "method", "prompt", "seed", "trunc"])
 def test_settings_without_a_key_are_refused_by_name(copied, tmp_path, name):
     path = copied / "config.json"
     settings = json.loads(path.read_text())
@@ -307,9 +313,11 @@ def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
     with log.open("a") as file:
         file.write('{"step": 3, "seco')
     assert evaluation.cost(copied) == whole
-    log.write_text('{"seconds": 1, "peak_gb": 2.5}\n{"seconds": 3, "peak_gb": 4.5}\n')
+    log.write_text(
+        '{"step": 1, "seconds": 1, "peak_gb": 2.5}\n{"step": 2, "seconds": 3, "peak_gb": 4.5}\n'
+    )
     assert evaluation.cost(copied) == pytest.approx(
-        {"step_seconds": 2, "steps_minutes": 4 / 60, "peak_gb": 4.5}
+        {"step_seconds": 2, "total_minutes": 4 / 60, "peak_gb": 4.5}
     )
     log.write_text("[]\n")
     with pytest.raises(ValueError, match="log.jsonl"):
@@ -352,7 +360,7 @@ def test_another_domain_person_and_camera_are_told_from_the_truth():
     black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
     truth = heads.render(z, c, "bronze")[0]
     scores = oracle.compare(eye, black, truth, z, c, "bronze")
-    known = evaluation.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
+    known = metrics.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
     assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
     assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
@@ -394,6 +402,7 @@ def puppet_run(copied, tmp_path):
     change_settings(copied, diffusion=str(prior), generator=generator, generator_weights=weights)
     out, weights = tmp_path / "results.json", tmp_path / "oracle.safetensors"
     row = {"method": "gca3d", "target": "a bronze statue", "samples": 3, "seed": 5}
+    row["weights"] = fingerprint_generator(puppet_generator())
     out.write_text(json.dumps({str(copied): row}))
     torch.manual_seed(0)
     save_file(oracle.Oracle().state_dict(), weights)
@@ -407,7 +416,7 @@ def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
     assert before.items() < row.items() and row["oracle_target"] == "bronze"
     assert 0 < row["oracle_l1"] < 2 and 0 < row["true_oracle_pose_deg"] < 180
     assert 0 < row["true_pose_deg"] < 180 and 1 / 3 <= row["true_identity_mrr"] <= 1
-    assert f"{row['oracle_l1']:.3f}" in capsys.readouterr().out
+    assert f"{row['oracle_l1']:.3g}" in capsys.readouterr().out
 
 
 def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
