@@ -55,7 +55,7 @@ NOT_COMPARED = {"seed", "out", "device", "save_every", "grid_every"} | {
     *("micro_batch", "low_memory", "compile"),
 }
 RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass
@@ -104,6 +104,7 @@ class Source:
 
 
 Sources = dict[tuple, Source]  # By what they hang on.
+Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 def main(cfg: Config) -> None:
@@ -153,21 +154,22 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
 
 
-def pictures(folder: Path) -> list[Path]:
+def pictures(folder: Path) -> Pictures:
     """Return the pictures of a folder, by name.
 
     Raises:
         ValueError: there is no such folder, or it may not be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
+        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     except OSError as error:
         raise ValueError(f"--real {folder}: {error.strerror}") from error
 
 
 def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     """Return a checksum of all that a run's scores follow from."""
-    real = [(path.name, path.stat().st_size) for path in pictures(cfg.real)] if cfg.real else None
+    real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
     crc = zlib.crc32(repr((VERSION, cfg.samples, cfg.seed, real)).encode())
     for path in (ckpt / name for name in RUN_FILES):
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
@@ -242,7 +244,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = load_clip(locate(settings["clip"]), device)
-    real = embed_folder(clip, cfg.real, cfg.batch) if cfg.real else None  # [K, D]
+    real = embed_pictures(clip, pictures(cfg.real), cfg.batch) if cfg.real else None  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
@@ -362,14 +364,12 @@ def load_clip(source: str, device: torch.device) -> ClipFeatures:
 
 
 @functools.lru_cache(maxsize=1)
-def embed_folder(clip: ClipFeatures, folder: Path, batch: int) -> Tensor:
-    """Return CLIP's unit embeddings of all pictures in a folder, [K, D]."""
-    paths = pictures(folder)
-    starts = tqdm(range(0, len(paths), batch), desc="real", unit="batch", leave=False)
+def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
+    """Return CLIP's unit embeddings of picture files, [K, D]."""
     size = clip.model.config.vision_config.image_size
     parts = []
-    for i in starts:
-        squares = [to_image(read_picture(path)) for path in paths[i : i + batch]]
+    for i in tqdm(range(0, len(files), batch), desc="real", unit="batch", leave=False):
+        squares = [to_image(read_picture(path)) for path, *_ in files[i : i + batch]]
         images = [F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in squares]
         with torch.no_grad():
             parts.append(clip.images(torch.cat(images).to(clip.model.device)).cpu())

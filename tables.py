@@ -14,7 +14,7 @@ import numpy as np
 from models.checkpoint import atomic_write
 
 PANELS = 4  # Of a plot, side by side.
-BAR = 0.25  # Inches.
+BAR, LETTER = 0.25, 0.08  # Height of a bar and width of a letter, inches.
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 Log = list[dict[str, float]]  # A run's log.jsonl.
@@ -83,7 +83,8 @@ def csv_table(rows: dict[str, Row]) -> str:
 def plot_bars(rows: dict[str, Row], path: Path) -> None:
     """Draw every score of every row in the table as a bar, with the deviation over seeds."""
     groups, names = group_rows(rows), score_names(rows.values())
-    figure, axes = _panels(names, height=1 + BAR * len(groups), sharey=True)
+    size = 1 + BAR * len(groups), LETTER * max(map(len, groups))
+    figure, axes = _panels(names, *size)
     for name, axis in zip(names, axes, strict=True):
         for run, group in groups.items():
             values = [row[name] for row in group if name in row]
@@ -108,14 +109,20 @@ def plot_steps(logs: dict[str, Log], path: Path) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _panels(names: list[str], height: float, sharey: bool = False) -> tuple:
-    """Return a matplotlib figure and its axes, one for each name, titled; height in inches."""
+def _panels(names: list[str], height: float, margin: float = 0.0) -> tuple:
+    """Return a matplotlib figure and its axes, one for each name, titled.
+
+    Args:
+        names: Titles.
+        height: Of a panel, inches.
+        margin: Inches for what stands left of the y axes, which then are the same in all panels.
+    """
     from matplotlib.figure import Figure
 
     columns = min(PANELS, len(names))
     lines = ceil(len(names) / columns)
-    figure = Figure(figsize=(4 * columns, height * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey).flatten()
+    figure = Figure(figsize=(margin + 4 * columns, height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=margin > 0).flatten()
     for axis in axes[len(names) :]:
         axis.remove()
     for name, axis in zip(names, axes, strict=False):

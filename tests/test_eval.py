@@ -1,7 +1,8 @@
+import csv
 import json
 import shutil
 from dataclasses import replace
-from math import asin, degrees, pi
+from math import asin, degrees, pi, sin, tan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,16 @@ from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
 import metrics
+import tables
 from eval import Config, Renders, Source, Views
 from models.cameras import orbit
-from models.checkpoint import save_generator
+from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
+from models.renderer import pixel_rays
 from puppets import experiments, heads, oracle
 from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import DOMAINS, HELD_OUT
-from render import save_image, to_uint8
+from render import image_grid, save_image, to_uint8
 from runs import REPOSITORY, fingerprint_generator
 
 
@@ -185,14 +188,247 @@ def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
     assert depth_corr(empty, source) == 0
 
 
+def test_gain_is_what_the_adapted_pictures_have_beyond_the_source():
+    target, other = torch.eye(4)[:1], torch.eye(4)[1:2]
+    assert metrics.cosine_gain(target, other.repeat(3, 1), target.repeat(3, 1)) == (1, 1)
+    same = F.normalize(torch.randn(8, 4), dim=1)
+    assert metrics.cosine_gain(target, same, same)[1] == 0
+
+
+def features(count, seed, width=16):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, width, generator=generator), dim=1)
+
+
+def test_equal_sets_have_no_distance_and_shifted_ones_their_shift():
+    pytest.importorskip("torchmetrics")
+    real = features(96, seed=0)
+    same = metrics.distances(real, real.flip(0))
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and -0.2 < same["kid"] <= 0
+    scores = [metrics.distances(real, real + shift) for shift in (0.1, 0.2, 0.4)]
+    # Of 16 features scaled by 4, each is shifted by 4 times the shift.
+    expected = [16 * (4 * shift) ** 2 for shift in (0.1, 0.2, 0.4)]
+    assert [score["fid"] for score in scores] == pytest.approx(expected, rel=1e-4)
+    kid = [same["kid"], *(score["kid"] for score in scores)]
+    assert kid == sorted(kid) and kid[1] - kid[0] > 0.01
+
+
+def test_distances_are_the_same_at_every_call_and_draw_nothing():
+    pytest.importorskip("torchmetrics")
+    real, after = features(96, seed=0), features(40, seed=1)
+    torch.manual_seed(1)
+    first = metrics.distances(real, after)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn and metrics.distances(real, after) == first
+    assert abs(first["kid"]) < 0.2  # Both are of one distribution.
+
+
+SIDE = 0.3  # Angle of the view from the side, radians.
+
+
+def plane_views(n=32):
+    """Return depth, mask and cameras of two views of the plane z = 0: from the side, from front."""
+    c = CAMERAS.label(torch.tensor([SIDE, 0.0]), torch.zeros(2))
+    origins, rays = pixel_rays(c, n)
+    depth = (-origins[..., 2] / rays[..., 2]).view(1, 2, n, n)
+    return depth, torch.ones_like(depth), c[None]
+
+
+def test_two_views_of_one_plane_agree_at_every_resolution():
+    for n in (16, 64):
+        assert metrics.multiview(*plane_views(n), size=128)["multiview_px"] < 0.01
+
+
+@pytest.mark.parametrize("error", [0.01, 0.02, -0.02])
+def test_depth_that_is_wrong_by_a_known_amount_moves_pixels_by_a_known_amount(error):
+    depth, mask, c = plane_views()
+    depth[:, 1] += error  # Of the frontal view, whose rays meet the plane at right angles.
+    moved = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
+    # From the front the error shows as error * tan along the plane, from the side as error * sin.
+    px = CAMERAS.focal * 128 / CAMERAS.radius
+    assert moved == pytest.approx(abs(error) * px * (tan(SIDE) + sin(SIDE)) / 2, rel=0.1)
+
+
+def test_true_heads_agree_but_for_what_the_other_view_does_not_see():
+    z, c = torch.randn(2, heads.Z_DIM, generator=torch.Generator().manual_seed(0)), []
+    views = CAMERAS.label(torch.tensor([0.5, 0.0]), torch.tensor([0.2, 0.0]))  # [2, 25]
+    drawn = [heads.render(x.expand(2, -1), views, size=64, supersample=1)[1:] for x in z]
+    depth, mask = (torch.stack(maps)[:, :, 0] for maps in zip(*drawn, strict=True))
+    c = views.expand(2, -1, -1)
+    true = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
+    mixed = (torch.stack([x[:, 0], x.roll(1, 0)[:, 1]], dim=1) for x in (depth, mask))
+    assert true < 0.5 < 2 * true < metrics.multiview(*mixed, c, size=128)["multiview_px"]
+
+
+def test_views_without_foreground_have_no_multiview_score():
+    depth, mask, c = plane_views()
+    assert metrics.multiview(depth, torch.zeros_like(mask), c, size=128) == {}
+
+
+def test_geometry_compares_a_random_view_with_the_frontal_one(finished):
+    G = build_generator()
+    cfg = replace(CFG, samples=2)
+    views, _ = evaluation.draw_views(G, cfg)
+    drawn = evaluation.render_all(G, views, 1.0, cfg, "")
+    scores = evaluation.geometry(G, Source(views, drawn, views, drawn), drawn)
+    assert scores["depth_corr"] == pytest.approx(1, abs=1e-5)
+    assert 0 <= scores["multiview_px"] < 32
+    torch.manual_seed(cfg.seed + 1)
+    ws = G.mapping(views.z[1:], G.cameras.frontal())
+    c = torch.cat([G.cameras.label(*views.angles[1:].T), G.cameras.frontal()])
+    out = G.synthesis(ws, c[None])
+    assert torch.equal(drawn.front_depth[1], out["image_depth"][1])
+    assert torch.equal(drawn.front_mask[1], out["mask"][1])
+
+
 def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "results.json"
     row = score(finished, out)[str(finished)]
     names = {"clip_text", "pose_deg", "identity_top1", "identity_mrr", "diversity", "depth_corr"}
+    names |= {"multiview_px"}
     assert names < set(row) and 0.1 < row["peak_gb"] < 50
     assert (row["samples"], row["seed"], row["trunc"]) == (8, 1_000_000, 1.0)
     assert row["total_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
     assert f"{row['diversity']:.3g}" in capsys.readouterr().out
+
+
+def test_tables_and_plots_stand_beside_the_json(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    row = score(finished, tmp_path / "results.json")[str(finished)]
+    with open(tmp_path / "results-table.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["run"] == str(finished) and float(line["diversity"]) == row["diversity"]
+    assert set(line) == {"run", *row}
+    text = (tmp_path / "results-table.md").read_text()
+    assert len(text.splitlines()) == 3 and f"| {row['pose_deg']:.3g} |" in text
+    for name in ("bars", "steps"):
+        with Image.open(tmp_path / f"results-{name}.png") as plot:
+            plot.load()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_without_matplotlib_there_is_a_hint_and_no_plot(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    monkeypatch.setattr(evaluation, "score_run", lambda *_: ROW)
+    score(finished, tmp_path / "results.json")
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png")) and (tmp_path / "results-table.md").exists()
+
+
+ROW = {"method": "gca3d", "target": "a clown", "diversity": 0.5}
+
+
+def test_what_has_not_changed_is_not_scored_again(copied, tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+    before = score(copied, out)
+    monkeypatch.setattr(evaluation, "render_all", None)
+    assert score(copied, out) == before
+    scored = []
+    monkeypatch.setattr(evaluation, "score_run", lambda ckpt, cfg, *_: scored.append(cfg) or ROW)
+    for change in (
+        lambda: score(copied, out, seed=7),
+        lambda: [change_settings(copied, steps=9), score(copied, out)],
+        lambda: (
+            [save_generator(build_generator(3), copied / "generator.safetensors")]
+            + [score(copied, out)]
+        ),
+        lambda: [(copied / "log.jsonl").unlink(), score(copied, out)],
+    ):
+        out.write_text(json.dumps(before))
+        change()
+    assert len(scored) == 4
+
+
+def test_rows_that_another_process_wrote_meanwhile_are_kept(finished, tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+
+    def score_run(*_):
+        evaluation.write_rows(out, {"runs/other": ROW})
+        return ROW
+
+    monkeypatch.setattr(evaluation, "score_run", score_run)
+    assert score(finished, out).keys() == {"runs/other", str(finished)}
+
+
+def test_quick_scores_fewer_samples(finished, tmp_path, monkeypatch):
+    samples = []
+    monkeypatch.setattr(evaluation, "score_run", lambda _, cfg, *__: samples.append(cfg) or ROW)
+    for count in (256, 8):
+        cfg = Config(ckpt=(finished,), out=tmp_path / "x.json", samples=count, quick=True)
+        evaluation.main(cfg)
+    assert [cfg.samples for cfg in samples] == [evaluation.QUICK, 8]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row():
+    row = ROW | {"samples": 8, "seed": 5, "config": "a", "run_seed": 0}
+    rows = {
+        "runs/clown-s0": row | {"diversity": 0.4, "true_diversity": 0.9},
+        "runs/robot": row | {"config": "b"},
+        "runs/clown-s1": row | {"diversity": 0.6, "true_diversity": 0.9, "run_seed": 1},
+        "runs/copy": row,
+        "runs/more": row | {"samples": 16, "run_seed": 2},
+        "old": ROW,
+        "older": ROW | {"target": "a | b"},
+    }
+    assert {name: len(group) for name, group in tables.group_rows(rows).items()} == {
+        **{"runs/clown-s{0,1}": 2, "runs/robot": 1, "runs/copy": 1, "runs/more": 1},
+        **{"old": 1, "older": 1},
+    }
+    text = tables.markdown_table(rows)
+    assert "| runs/clown-s{0,1} | gca3d | a clown | 0.5 ± 0.14 (0.9) |" in text
+    assert "a \\| b" in text and len(text.splitlines()) == 8
+
+
+def test_seed_and_machine_are_no_other_configuration():
+    settings = {"prompt": "a clown", "seed": 0, "out": "a", "device": None, "lr": 1e-3}
+    same = settings | {"seed": 1, "out": "b", "device": "cuda"}
+    first, second, third = map(
+        evaluation.fingerprint_settings, (settings, same, settings | {"lr": 1e-4})
+    )
+    assert first == second != third
+
+
+@pytest.fixture
+def photos(finished, tmp_path):
+    """A folder of what the adapted generator of `finished` shows of the latents scored."""
+    G = load_generator(finished)
+    views, _ = evaluation.draw_views(G, cfg := replace(CFG, samples=8))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(evaluation.render_all(G, views, 1.0, cfg, "").image):
+        save_image(image_grid([image[None]]), folder / f"{i}.PNG")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_real_pictures_that_are_the_adapted_ones_have_no_distance(finished, tmp_path, photos):
+    pytest.importorskip("torchmetrics")
+    near = score(finished, tmp_path / "a.json", real=photos)[str(finished)]
+    for i, path in enumerate(photos.glob("*.PNG")):
+        Image.new("RGB", (40, 30), (0, 25 * i, 255)).save(path)
+    far = score(finished, tmp_path / "a.json", real=photos)[str(finished)]
+    assert near["fid"] < 0.1 * far["fid"] and near["kid"] < far["kid"]
+    assert far["real"] == str(photos) and far["pose_deg"] == near["pose_deg"]
+
+
+@pytest.mark.parametrize("case", ["missing", "few", "broken", "no torchmetrics"])
+def test_real_pictures_that_cannot_be_used_are_refused(
+    finished, tmp_path, photos, monkeypatch, case
+):
+    if case == "missing":
+        shutil.rmtree(photos)
+    elif case == "few":
+        (photos / "0.PNG").unlink()
+    elif case == "broken":
+        (photos / "0.PNG").write_bytes(b"no picture")
+    else:
+        monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    word = {"few": "7 pictures", "broken": "0.PNG", "no torchmetrics": "pip install"}
+    out = tmp_path / "new" / "results.json"
+    with pytest.raises(ValueError, match=word.get(case, "--real")):
+        score(finished, out, real=photos)
+    assert not out.parent.exists()
 
 
 def test_scores_do_not_depend_on_the_batch(finished, tmp_path):
@@ -419,6 +655,29 @@ def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
     assert f"{row['oracle_l1']:.3g}" in capsys.readouterr().out
 
 
+def test_oracle_scores_a_row_once_and_only_of_the_run_it_describes(puppet_run, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    oracle.main(puppet_run)
+    row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
+    assert row["fid"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle, "score_run", None)
+        oracle.main(puppet_run)
+    del row["fid"]
+    puppet_run.out.write_text(json.dumps({str(puppet_run.ckpt[0]): row | {"weights": "other"}}))
+    with pytest.raises(ValueError, match="run eval.py again"):
+        oracle.main(puppet_run)
+
+
+def test_oracle_leaves_the_distance_to_other_pictures(puppet_run):
+    run = str(puppet_run.ckpt[0])
+    row = json.loads(puppet_run.out.read_text())[run]
+    puppet_run.out.write_text(json.dumps({run: row | {"real": "photos", "fid": 7.0}}))
+    oracle.main(puppet_run)
+    row = json.loads(puppet_run.out.read_text())[run]
+    assert row["fid"] == 7 and "kid" not in row and row["oracle_l1"] > 0
+
+
 def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
     seen = {}
     monkeypatch.setattr(oracle, "compare", lambda _, i, t, z, c, d: seen.update(z=z, c=c) or {})
@@ -521,6 +780,11 @@ def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
     readme = (REPOSITORY / "README.md").read_text().splitlines()
     shown = [line for line in readme if line.startswith(("| text-", "| image-", "| gca3d"))]
     assert len(shown) >= 9 and set(shown) <= rows
+
+
+def test_committed_scores_are_still_read():
+    rows = evaluation.read_rows(REPOSITORY / "docs/results.json")
+    assert len(tables.markdown_table(rows).splitlines()) == len(rows) + 2
 
 
 def test_results_are_those_of_the_committed_scores(docs):
