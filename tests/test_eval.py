@@ -63,6 +63,16 @@ def scene():
     return Source(views, renders(views.angles, people), probe_views, probes)
 
 
+PLOTS = {name: getattr(evaluation, name) for name in ("plot_bars", "plot_steps")}
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Leave out what takes a second at each call."""
+    for name in PLOTS:
+        monkeypatch.setattr(evaluation, name, lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run folder of two steps, only to be read."""
@@ -293,8 +303,10 @@ def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
     assert f"{row['diversity']:.3g}" in capsys.readouterr().out
 
 
-def test_tables_and_plots_stand_beside_the_json(finished, tmp_path):
+def test_tables_and_plots_stand_beside_the_json(finished, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    for name, plot in PLOTS.items():
+        monkeypatch.setattr(evaluation, name, plot)
     row = score(finished, tmp_path / "results.json")[str(finished)]
     with open(tmp_path / "results-table.csv", newline="") as file:
         (line,) = csv.DictReader(file)
@@ -309,6 +321,7 @@ def test_tables_and_plots_stand_beside_the_json(finished, tmp_path):
 
 
 def test_without_matplotlib_there_is_a_hint_and_no_plot(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "plot_bars", None)
     monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
     monkeypatch.setattr(evaluation, "score_run", lambda *_: ROW)
     score(finished, tmp_path / "results.json")
