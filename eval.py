@@ -339,7 +339,7 @@ def render_source(G_src: TriPlaneGenerator, trunc: float, cfg: Config, sources: 
 def render_all(
     G: TriPlaneGenerator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
 ) -> Renders:
-    """Render latents from their cameras and, unless it is not needed, from the front.
+    """Render latents from their cameras and from the front, or have the first stand for both.
 
     They are rendered one by one: the jitter of the rays is drawn, and depth is clamped, per call.
     """
@@ -353,8 +353,9 @@ def render_all(
         torch.manual_seed(cfg.seed + i)  # The same jitter for source and adapted.
         out = {k: v.cpu() for k, v in G.synthesis(ws, cameras[None]).items()}
         maps = [out[name] for name in ("image", "image_depth", "mask")]  # Each [K, ...].
-        parts.append([x[0] for x in maps] + [x[-1] for x in maps])
-    return Renders(*(torch.stack(part) for part in zip(*parts, strict=True)))
+        parts.append([x[k] for k in range(1 + front) for x in maps])
+    stacks = [torch.stack(part) for part in zip(*parts, strict=True)]
+    return Renders(*(stacks if front else 2 * stacks))
 
 
 @functools.lru_cache(maxsize=1)

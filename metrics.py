@@ -70,7 +70,7 @@ def pose(
     """Read the camera off pictures by ridge regression, fitted on the source where it is known.
 
     Before the probe is asked, every feature of the adapted domain is given the mean and the spread
-    that it has in the source's.
+    that it has in the source's. A turn that all pictures share goes unseen with it.
 
     Args:
         fitted: Features of source pictures that the probe is fitted on, [M, F].

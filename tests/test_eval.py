@@ -166,15 +166,23 @@ def test_shuffled_people_are_found_by_chance_only(scene):
     assert scores["identity_top1"] == 0 and scores["diversity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_swapped_views_score_the_angle_between_them(scene):
-    source = scene.renders
-    mirrored = replace(source, image=source.image.flip(-1))
-    pose = evaluation.likeness(FakeClip(), scene, mirrored, CFG)
-    known = metrics.angle_deg(
-        metrics.direction(scene.views.angles * torch.tensor([-1, 1])),
-        metrics.direction(scene.views.angles),
-    )
+@pytest.mark.parametrize("change", ["mirrored", "swapped"])
+def test_wrong_views_score_the_angle_between_them(scene, change):
+    source, angles = scene.renders, scene.views.angles
+    wrong = {
+        "mirrored": (source.image.flip(-1), angles * torch.tensor([-1, 1])),
+        "swapped": (source.image.roll(1, 0), angles.roll(1, 0)),
+    }
+    image, shown = wrong[change]
+    pose = evaluation.likeness(FakeClip(), scene, replace(source, image=image), CFG)
+    known = metrics.angle_deg(metrics.direction(shown), metrics.direction(angles))
     assert pose["pose_deg"] == pytest.approx(known.mean().item(), rel=0.15)
+
+
+def test_a_turn_that_all_pictures_share_is_taken_for_the_domain(scene):
+    turned = renders(scene.views.angles + torch.tensor([0.2, 0.0]), scene.renders.front)
+    pose = evaluation.likeness(FakeClip(), scene, turned, CFG)
+    assert pose["pose_deg"] < 3 < degrees(0.2)
 
 
 def test_a_recoloured_and_paler_domain_keeps_pose_and_identity(scene):
