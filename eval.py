@@ -45,7 +45,7 @@ from runs import (
 from tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
-PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
+PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK = 8, 64  # Samples: the least that can be scored, the most with --quick.
 VERSION = 1  # Of what a score means; rows of other versions are scored again.
 # Read besides those of runs.SETTINGS_READ.
@@ -318,7 +318,7 @@ def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
     width = torch.tensor([G.cameras.yaw_range, G.cameras.pitch_range])
     scored, fitted = (
         Views(torch.randn(count, G.z_dim), (2 * torch.rand(count, 2) - 1) * width)
-        for count in (cfg.samples, PROBE_SHARE * cfg.samples)
+        for count in (cfg.samples, min(PROBE_SHARE * cfg.samples, MOST_PROBES))
     )
     return scored, fitted
 
