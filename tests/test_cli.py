@@ -405,6 +405,30 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--samples 7", "--samples"),
+        ("--seed -1", "--seed"),
+        ("--real nowhere", "--real nowhere: No such"),
+        ("--real .", "0 pictures"),
+        ("--ckpt nowhere", "nowhere"),
+        ("--ckpt .", "config.json"),
+        ("--device abacus", "--device"),
+    ],
+)
+def test_eval_refuses_in_one_line_and_leaves_nothing(tmp_path, call, monkeypatch, argv, reason):
+    run(tmp_path / "run", steps=1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    out = ["--ckpt", tmp_path / "run", "--out", tmp_path / "new/x.json"]
+    code, _, err = call(evaluation, [*out, *argv.split()])
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert reason in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path, call):
     (tmp_path / "g.pkl").write_bytes(b"noise")
     argv = ["--generator", tmp_path / "g.pkl", "--out", tmp_path / "new/g.safetensors"]
