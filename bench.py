@@ -27,7 +27,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    DDPMScheduler,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,9 +96,9 @@ class Config:
     vae: str | None = None  # Other VAE of the prior, or TAESD: folder or hub id.
     features: str | None = None  # Frozen ViT that HSC compares: folder or hub id.
     clip: str | None = None  # CLIP that scores the log: folder or hub id.
-    random: Literal["full"] | None = None
+    random: Literal["full", "taesd"] | None = None
     """Random networks of full size instead, made in memory: EG3D's for faces of 512 px, Stable
-    Diffusion 1.5 with its depth ControlNet, DINOv2-small, CLIP ViT-B/32."""
+    Diffusion 1.5 with its depth ControlNet and its VAE or TAESD, DINOv2-small, CLIP ViT-B/32."""
 
     batch: int = 1  # Heads in a step.
     micro_batch: int | None = None  # Heads that the step renders at once; None: all of them.
@@ -127,7 +133,7 @@ def main(cfg: Config) -> None:
         report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
         report["process_peak_gb"] = peak_gb(device)
         write(report, cfg)  # What is measured so far, should it be stopped.
-    if "sds" in report["parts"]:
+    if "sds" in report["parts"] and not cfg.random:  # Whose gradients tell nothing.
         report["gradient"] = compare(world)
         write(report, cfg)
     print(markdown(report))
@@ -155,7 +161,7 @@ def check_options(cfg: Config) -> None:
         raise ValueError(f"--repeats must be at least 1, got {cfg.repeats}")
     given = ", ".join(f"--{name}" for name in NETWORKS if getattr(cfg, name) is not None)
     if cfg.random and (given or cfg.base != "puppets"):
-        raise ValueError(f"--random full replaces all networks, so no {given or '--base'} with it")
+        raise ValueError(f"--random replaces all networks, so no {given or '--base'} with it")
     for flag, path in (("--json", cfg.json), ("--out", cfg.out)):
         if path and (os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {path} is no file that can be written")
@@ -169,7 +175,8 @@ def run_options(cfg: Config) -> train.Config:
     """
     given = {name: getattr(cfg, name) for name in ("base", *NETWORKS, *SWITCHES)}
     if cfg.random:
-        given |= {"base": "ffhq", "generator": "random"}
+        taesd = "taesd" if cfg.random == "taesd" else None
+        given |= {"base": "ffhq", "generator": "random", "vae": taesd}
     run = train.resolve(train.Config(prompt=PROMPT, out=Path(tempfile.gettempdir()), **given))
     train.check_options(run)
     return run
@@ -445,7 +452,7 @@ def compare(world: World) -> dict[str, float] | None:
     cfg = replace(world.cfg, **EXACT)
     if replace(cfg, precision=world.cfg.precision) == world.cfg and dtype == torch.float32:
         return None
-    exact = World(cfg, world.device, world.random)
+    exact = World(cfg, world.device)
     for shared in ("G_src", "vit", "clip", "images", "batch"):
         setattr(exact, shared, getattr(world, shared))
     ours, theirs = (sds(w.training, w.images, w.batch).flatten(1) for w in (world, exact))
@@ -644,20 +651,22 @@ def random_generator() -> TriPlaneGenerator:
 
 def random_prior(cfg: train.Config, device: torch.device) -> DiffusionPrior:
     """Return Stable Diffusion 1.5 with a depth ControlNet; words become those of puppets."""
-    torch.manual_seed(0)  # So that `compare` gets the same weights again.
     dtype = train.prior_dtype(cfg, device)
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     controlnet = ControlNetModel.from_unet(unet)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    if cfg.low_memory:
-        vae.enable_gradient_checkpointing()
+    if cfg.vae:
+        vae = AutoencoderTiny()  # Whose default is TAESD.
+    else:
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+        if cfg.low_memory:
+            vae.enable_gradient_checkpointing()
     with quiet_loading():  # Else a change of precision is warned of.
         prior = DiffusionPrior(
             vae.to(device, train.PRECISIONS[cfg.vae_precision]),

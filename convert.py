@@ -31,8 +31,8 @@ def main(cfg: Config) -> None:
     Raises:
         ValueError: it cannot be read, or the result not be written.
     """
-    if cfg.out.suffix != ".safetensors":
-        raise ValueError(f"--out must end in .safetensors, got {cfg.out}")
+    if cfg.out.suffix != ".safetensors" or cfg.out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .safetensors, got {cfg.out}")
     folder = cfg.out.absolute().parent
     check_folder(folder)
     G = load_generator(cfg.generator)

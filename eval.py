@@ -1,18 +1,26 @@
 """Score runs: does the result look like the target, and is it still the same person and pose?
 
     python eval.py --ckpt runs/a-bronze-statue
-    python eval.py --ckpt runs/a-bronze-statue runs/a-clown --out results.json
+    python eval.py --ckpt runs/clown-s0 runs/clown-s1 runs/robot-s0 --out results.json --quick
+    python eval.py --ckpt runs/a-bronze-statue --real photos/bronze-statues
 
 Source and adapted generator render the same latents from the same cameras, with the run's own
 truncation. Features are those of the frozen CLIP image tower, which no loss of GCA-3D uses. Writes
-JSON, one object per run beside those that the file already holds, and prints all as a table.
+JSON, one object per run beside those that the file already holds; a run that has not changed since
+is not scored again. Of all rows in it, and printed: results-table.md, where runs that differ in
+their seed alone are one row, mean ± standard deviation; results-table.csv, every run by itself;
+and with matplotlib results-bars.png and results-steps.png, the terms of the logs over the steps.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.cameras import orbit
+import metrics
 from models.checkpoint import atomic_write
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
@@ -34,16 +42,20 @@ from runs import (
     read_settings,
     run_cli,
 )
+from tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
-PROBE_SHARE = 2  # Source renders the pose probe is fitted on, per sample that is scored.
-RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
-LEAST_SPREAD = 1e-2  # Of the features' mean spread; less is not scaled up.
-FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
+PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
+FEWEST, QUICK = 8, 64  # Samples: the least that can be scored, the most with --quick.
+VERSION = 1  # Of what a score means; rows of other versions are scored again.
 # Read besides those of runs.SETTINGS_READ.
-SETTINGS = {"diffusion": str, "steps": int, "trunc": (int, float)}
-
-Row = dict[str, float | int | str]  # One run's settings and scores, by name.
+SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
+# Settings that may differ among the seeds of one row in the table.
+NOT_COMPARED = {"seed", "out", "device", "save_every", "grid_every"} | {
+    *("micro_batch", "low_memory", "compile"),
+}
+RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
+PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass
@@ -52,7 +64,10 @@ class Config:
 
     ckpt: tuple[Path, ...]  # Run folders, as train.py writes them.
     out: Path = Path("results.json")  # Scores, one object per run; rows of other runs are kept.
+    real: Path | None = None  # Folder of pictures of the target domain, for fid and kid.
+
     samples: int = 256  # Latents per run; identity is a retrieval among them.
+    quick: bool = False  # A first look, within a minute on puppets: 64 samples at most.
     seed: int = 1_000_000  # Of the latents and cameras; training runs use small seeds.
     batch: int = 32  # Pictures that CLIP reads at once; no score depends on it.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
@@ -74,6 +89,8 @@ class Renders:
     depth: Tensor  # Of that camera, [N, 1, n, n].
     mask: Tensor  # [N, 1, n, n].
     front: Tensor  # Frontal camera, [N, 3, R, R].
+    front_depth: Tensor  # [N, 1, n, n].
+    front_mask: Tensor  # [N, 1, n, n].
 
 
 @dataclass(frozen=True)
@@ -87,32 +104,76 @@ class Source:
 
 
 Sources = dict[tuple, Source]  # By what they hang on.
+Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 def main(cfg: Config) -> None:
-    """Score every run and write the table.
+    """Score every run that is not scored yet, and write the tables and plots.
 
     Raises:
         ValueError: an option cannot be used, or a folder is no run; nothing has been scored.
     """
-    if not cfg.ckpt or cfg.samples < 8 or cfg.batch < 1:
+    check_options(cfg)
+    read_rows(cfg.out)
+    for ckpt in cfg.ckpt:
+        run_settings(ckpt)
+    device = pick_device(cfg.device)
+    if cfg.quick:
+        cfg = replace(cfg, samples=min(cfg.samples, QUICK))
+
+    sources: Sources = {}
+    for ckpt in tqdm(cfg.ckpt, unit="run"):
+        if read_rows(cfg.out).get(str(ckpt), {}).get("inputs") == fingerprint_inputs(ckpt, cfg):
+            tqdm.write(f"{ckpt} has not changed since it was scored", file=sys.stderr)
+            continue
+        row = score_run(ckpt, cfg, device, sources)
+        make_folder(cfg.out.absolute().parent)
+        write_rows(cfg.out, read_rows(cfg.out) | {str(ckpt): row})  # Others may write there too.
+
+    report(cfg.out, cfg.ckpt)
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse options that cannot be used.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not cfg.ckpt or cfg.samples < FEWEST or cfg.batch < 1:
         raise ValueError(
-            f"--ckpt must name a run, --samples be at least 8 and --batch 1, "
+            f"--ckpt must name a run, --samples be at least {FEWEST} and --batch 1, "
             f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
         )
     if not 0 <= cfg.seed < 2**62:
         raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
     check_folder(cfg.out.absolute().parent)
-    rows = read_rows(cfg.out)
-    for ckpt in cfg.ckpt:
-        run_settings(ckpt)
-    device = pick_device(cfg.device)
-    make_folder(cfg.out.absolute().parent)
-    sources: Sources = {}
-    for ckpt in tqdm(cfg.ckpt, unit="run"):
-        rows[str(ckpt)] = score_run(ckpt, cfg, device, sources)
-        write_rows(cfg.out, rows)
-    print_table(rows)
+    if cfg.real is not None:
+        if find_spec("torchmetrics") is None:
+            raise ValueError("--real needs torchmetrics: pip install torchmetrics")
+        if len(found := pictures(cfg.real)) < FEWEST:
+            raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
+
+
+def pictures(folder: Path) -> Pictures:
+    """Return the pictures of a folder, by name.
+
+    Raises:
+        ValueError: there is no such folder, or it may not be read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
+        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    except OSError as error:
+        raise ValueError(f"--real {folder}: {error.strerror}") from error
+
+
+def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
+    """Return a checksum of all that a run's scores follow from."""
+    real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
+    crc = zlib.crc32(repr((VERSION, cfg.samples, cfg.seed, real)).encode())
+    for path in (ckpt / name for name in RUN_FILES):
+        crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
+    return f"crc32 {crc:08x}"
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -135,8 +196,17 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
     """Write rows by run as JSON, completely or not at all."""
-    text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(rows, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, completely or not at all."""
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def beside(out: Path, name: str) -> Path:
+    """Return the file of this name that belongs to --out."""
+    return out.with_name(f"{out.stem}-{name}")
 
 
 def run_settings(ckpt: Path) -> dict:
@@ -159,8 +229,8 @@ def run_settings(ckpt: Path) -> dict:
 def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -> Row:
     """Return the settings and scores of one run.
 
-    What the scores mean is said where they are computed: `fidelity`, `pose`, `identity`,
-    `depth_correlation`, `cost`.
+    What the scores mean is said where they are computed: `fidelity`, `likeness`, `geometry`,
+    `cost`, and in metrics.py.
 
     Args:
         sources: Renders of the source that the run before was scored with, or nothing; they are
@@ -173,20 +243,29 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     G, G_src, _ = load_run(ckpt, device)
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
-    clip = ClipFeatures.from_pretrained(locate(settings["clip"]), device)
+    clip = load_clip(locate(settings["clip"]), device)
+    real = embed_pictures(clip, pictures(cfg.real), cfg.batch) if cfg.real else None  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
     row: Row = {"method": settings["method"], "target": target_name(settings)}
     row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
+    row |= {"run_seed": settings["seed"], "config": fingerprint_settings(settings)}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
+    row |= {"inputs": fingerprint_inputs(ckpt, cfg)} | ({"real": str(cfg.real)} if cfg.real else {})
     try:
-        row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg)
-        row |= pose(clip, source, adapted, cfg) | identity(clip, source.renders, adapted, cfg)
-        row["depth_corr"] = depth_correlation(source.renders, adapted)
+        row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg, real)
+        row |= likeness(clip, source, adapted, cfg)
+        row |= geometry(G, source, adapted)
     except ValueError as error:
         raise ValueError(f"{ckpt}: {error}") from error
     return row | cost(ckpt)
+
+
+def fingerprint_settings(settings: dict) -> str:
+    """Return a checksum of the settings that runs of one row in the table have in common."""
+    common = {k: v for k, v in settings.items() if k not in NOT_COMPARED}
+    return f"crc32 {zlib.crc32(json.dumps(common, sort_keys=True).encode()):08x}"
 
 
 def target_name(settings: dict) -> str:
@@ -199,8 +278,23 @@ def cost(ckpt: Path) -> dict[str, float]:
     """Return a run's cost by its log.jsonl, whose last row may be cut off; nothing without a log.
 
     Returns:
-        `step_seconds`, the mean of a step; `steps_minutes`, the sum of all steps, without loading,
+        `step_seconds`, the mean of a step; `total_minutes`, the sum of all steps, without loading,
         grids and checkpoints; `peak_gb`, if the log has it.
+
+    Raises:
+        ValueError: the log is another program's.
+    """
+    log = read_log(ckpt)
+    if not log:
+        return {}
+    seconds = sum(entry["seconds"] for entry in log)
+    row = {"step_seconds": seconds / len(log), "total_minutes": seconds / 60}
+    peaks = [entry["peak_gb"] for entry in log if "peak_gb" in entry]
+    return row | ({"peak_gb": max(peaks)} if peaks else {})
+
+
+def read_log(ckpt: Path) -> Log:
+    """Return the whole rows of a run's log.jsonl; none without a log.
 
     Raises:
         ValueError: the log is another program's.
@@ -209,14 +303,10 @@ def cost(ckpt: Path) -> dict[str, float]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         log = [json.loads(line) for line in lines if line.endswith("\n")]
-        seconds = sum(entry["seconds"] for entry in log)
+        sum(entry["step"] + entry["seconds"] for entry in log)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error
-    if not log:
-        return {}
-    row = {"step_seconds": seconds / len(log), "steps_minutes": seconds / 60}
-    peaks = [entry["peak_gb"] for entry in log if "peak_gb" in entry]
-    return row | ({"peak_gb": max(peaks)} if peaks else {})
+    return log
 
 
 def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
@@ -228,7 +318,7 @@ def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
     width = torch.tensor([G.cameras.yaw_range, G.cameras.pitch_range])
     scored, fitted = (
         Views(torch.randn(count, G.z_dim), (2 * torch.rand(count, 2) - 1) * width)
-        for count in (cfg.samples, PROBE_SHARE * cfg.samples)
+        for count in (cfg.samples, min(PROBE_SHARE * cfg.samples, MOST_PROBES))
     )
     return scored, fitted
 
@@ -249,7 +339,7 @@ def render_source(G_src: TriPlaneGenerator, trunc: float, cfg: Config, sources: 
 def render_all(
     G: TriPlaneGenerator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
 ) -> Renders:
-    """Render latents from their cameras and, unless it is not needed, from the front.
+    """Render latents from their cameras and from the front, or have the first stand for both.
 
     They are rendered one by one: the jitter of the rays is drawn, and depth is clamped, per call.
     """
@@ -262,8 +352,29 @@ def render_all(
         cameras = torch.cat([labels[i : i + 1], frontal])[: 1 + front]  # [K, 25]
         torch.manual_seed(cfg.seed + i)  # The same jitter for source and adapted.
         out = {k: v.cpu() for k, v in G.synthesis(ws, cameras[None]).items()}
-        parts.append((out["image"][0], out["image_depth"][0], out["mask"][0], out["image"][-1]))
-    return Renders(*(torch.stack(part) for part in zip(*parts, strict=True)))
+        maps = [out[name] for name in ("image", "image_depth", "mask")]  # Each [K, ...].
+        parts.append([x[k] for k in range(1 + front) for x in maps])
+    stacks = [torch.stack(part) for part in zip(*parts, strict=True)]
+    return Renders(*(stacks if front else 2 * stacks))
+
+
+@functools.lru_cache(maxsize=1)
+def load_clip(source: str, device: torch.device) -> ClipFeatures:
+    """Load CLIP, or return it if it is what the run before was scored with."""
+    return ClipFeatures.from_pretrained(source, device)
+
+
+@functools.lru_cache(maxsize=1)
+def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
+    """Return CLIP's unit embeddings of picture files, [K, D]."""
+    size = clip.model.config.vision_config.image_size
+    parts = []
+    for i in tqdm(range(0, len(files), batch), desc="real", unit="batch", leave=False):
+        squares = [to_image(read_picture(path)) for path, *_ in files[i : i + batch]]
+        images = [F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in squares]
+        with torch.no_grad():
+            parts.append(clip.images(torch.cat(images).to(clip.model.device)).cpu())
+    return torch.cat(parts)
 
 
 def embed(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
@@ -294,13 +405,22 @@ def _in_batches(
 
 
 def fidelity(
-    clip: ClipFeatures, settings: dict, ckpt: Path, source: Renders, adapted: Renders, cfg: Config
+    clip: ClipFeatures,
+    settings: dict,
+    ckpt: Path,
+    source: Renders,
+    adapted: Renders,
+    cfg: Config,
+    real: Tensor | None = None,
 ) -> Row:
-    """Compare with the prompt or picture, and count which of the known domains CLIP finds.
+    """Compare with the prompt or picture, and with true pictures if there are any.
+
+    Args:
+        real: Embeddings of pictures of the target domain, [K, D].
 
     Returns:
         `clip_text` and `clip_image`, mean cosines to the prompt and the picture, and their
-        `_gain` over the source; what `domain_share` returns.
+        `_gain` over the source; what `domain_share` and `metrics.distances` return.
     """
     before, after = embed(clip, source.image, cfg), embed(clip, adapted.image, cfg)  # [N, D]
     targets = {}
@@ -311,9 +431,9 @@ def fidelity(
         targets["clip_image"] = embed(clip, picture, cfg)  # [1, D]
     row: Row = {}
     for name, target in targets.items():
-        row[name] = (after @ target.T).mean().item()
-        row[f"{name}_gain"] = row[name] - (before @ target.T).mean().item()
-    return row | domain_share(clip, settings, next(iter(targets.values())), after)
+        row[name], row[f"{name}_gain"] = metrics.cosine_gain(target, before, after)
+    row |= domain_share(clip, settings, next(iter(targets.values())), after)
+    return row | (metrics.distances(real, after) if real is not None else {})
 
 
 def domain_share(clip: ClipFeatures, settings: dict, target: Tensor, after: Tensor) -> Row:
@@ -345,100 +465,45 @@ def known_domains(settings: dict) -> dict[str, str]:
     return declared.get("domains", {})
 
 
-def pose(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> dict[str, float]:
-    """Read the camera off pictures by ridge regression, fitted on the source where it is known.
+def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> Row:
+    """Return what `metrics.pose` and, from the front, `metrics.identity` do, of CLIP's cells."""
+    fitted, before, after, front_before, front_after = (
+        cells(clip, images, cfg)
+        for images in (
+            *(source.probes.image, source.renders.image, adapted.image),
+            *(source.renders.front, adapted.front),
+        )
+    )
+    angles = source.probe_views.angles, source.views.angles
+    row = metrics.pose(fitted, angles[0], before, after, angles[1])
+    return row | metrics.identity(front_before, front_after)
 
-    Before the probe is asked, every feature of the adapted domain is given the mean and the spread
-    that it has in the source's.
 
-    Returns:
-        `pose_deg` of the adapted pictures and `pose_source_deg`, the probe's error on source
-        pictures it was not fitted on: mean angles between camera positions, degrees.
+def geometry(G: TriPlaneGenerator, source: Source, adapted: Renders) -> Row:
+    """Return `depth_corr` (see `metrics.depth_correlation`) and what `metrics.multiview` does.
+
+    The two views are the random camera and the frontal one.
     """
-    x, y = cells(clip, source.probes.image, cfg), source.probe_views.angles  # [M, F], [M, 2]
-    mean, truth = x.mean(0), direction(source.views.angles)
-    kernel = (x - mean) @ (x - mean).T  # [M, M]
-    ridge = RIDGE * kernel.diagonal().mean() * torch.eye(len(x))
-    dual = torch.linalg.solve(kernel + ridge, y - y.mean(0))  # [M, 2]
-
-    def error_deg(features: Tensor) -> float:
-        read = (features - mean) @ (x - mean).T @ dual + y.mean(0)  # [N, 2]
-        return angle_deg(direction(read), truth).mean().item()
-
-    before, after = cells(clip, source.renders.image, cfg), cells(clip, adapted.image, cfg)
-    least = LEAST_SPREAD * before.std(0).mean()
-    scale = before.std(0).clamp_min(least) / after.std(0).clamp_min(least)  # [F]
-    return {
-        "pose_deg": error_deg((after - after.mean(0)) * scale + before.mean(0)),
-        "pose_source_deg": error_deg(before),
-    }
+    before = source.renders
+    label = G.cameras.label(*source.views.angles.T)  # [N, 25]
+    c = torch.stack([label, G.cameras.frontal(len(label))], dim=1)  # [N, 2, 25]
+    depth = torch.cat([adapted.depth, adapted.front_depth], dim=1)  # [N, 2, n, n]
+    mask = torch.cat([adapted.mask, adapted.front_mask], dim=1)
+    row = {"depth_corr": metrics.depth_correlation(before.depth, adapted.depth, before.mask)}
+    return row | metrics.multiview(depth, mask, c, G.img_resolution)
 
 
-def direction(angles: Tensor) -> Tensor:
-    """Turn yaw and pitch [N, 2] into unit vectors from the origin to the camera, [N, 3]."""
-    return F.normalize(orbit(*angles.T)[:, :3, 3], dim=1)
-
-
-def angle_deg(a: Tensor, b: Tensor) -> Tensor:
-    """Return the angle between unit vectors [N, 3], degrees, [N]."""
-    return torch.rad2deg(torch.atan2(torch.linalg.cross(a, b).norm(dim=1), (a * b).sum(1)))
-
-
-def identity(
-    clip: ClipFeatures, source: Renders, adapted: Renders, cfg: Config
-) -> dict[str, float]:
-    """Let every adapted picture look for its own source, all from the front; and compare spreads.
-
-    Ties count against it: in a collapsed generator nobody is found.
-
-    Returns:
-        `identity_top1` and `identity_mrr` (mean reciprocal rank), chance 1 / N; `diversity`, the
-        mean distance between adapted pictures over that between source pictures.
-
-    Raises:
-        ValueError: all source pictures are the same.
-    """
-    before, after = cells(clip, source.front, cfg), cells(clip, adapted.front, cfg)  # [N, F]
-    spread = torch.pdist(before).mean()
-    if spread == 0:
-        raise ValueError("the source generator draws the same picture for every latent")
-    a, b = (F.normalize(x - x.mean(0), dim=1) for x in (after, before))
-    similarity = a @ b.T  # [N, N]
-    rank = (similarity >= similarity.diagonal().unsqueeze(1)).sum(1)
-    return {
-        "identity_top1": (rank == 1).float().mean().item(),
-        "identity_mrr": (1 / rank).mean().item(),
-        "diversity": (torch.pdist(after).mean() / spread).item(),
-    }
-
-
-def depth_correlation(source: Renders, adapted: Renders) -> float:
-    """Return the mean correlation of the depth maps over the source's foreground.
-
-    A latent with a constant map, or without foreground, counts as 0.
-
-    Raises:
-        ValueError: a depth is not finite.
-    """
-    if not (source.depth.isfinite().all() and adapted.depth.isfinite().all()):
-        raise ValueError("the depth is not finite")
-    values = []
-    for a, b, mask in zip(adapted.depth, source.depth, source.mask, strict=True):
-        pair = torch.stack([a[mask > 0.5], b[mask > 0.5]])  # [2, P]
-        flat = pair.shape[1] < 2 or pair.std(1).min() < FLAT
-        values.append(0.0 if flat else torch.corrcoef(pair)[0, 1].item())
-    return sum(values) / len(values)
-
-
-def print_table(rows: dict[str, Row]) -> None:
-    """Print the runs as a Markdown table."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    print("| run | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 1) + "|")
-    for run, row in rows.items():
-        values = [row.get(name, "") for name in names]
-        shown = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
-        print(f"| {run} | " + " | ".join(shown) + " |")
+def report(out: Path, ckpts: tuple[Path, ...]) -> None:
+    """Print all rows of --out as a table; write them as tables and plots, and the runs' logs."""
+    rows = read_rows(out)
+    write_text(beside(out, "table.csv"), csv_table(rows))
+    write_text(beside(out, "table.md"), markdown_table(rows))
+    if find_spec("matplotlib") is None:
+        print("warning: no plots without matplotlib: pip install matplotlib", file=sys.stderr)
+    else:
+        plot_bars(rows, beside(out, "bars.png"))
+        plot_steps({str(ckpt): read_log(ckpt) for ckpt in ckpts}, beside(out, "steps.png"))
+    print(markdown_table(rows), end="")
 
 
 if __name__ == "__main__":

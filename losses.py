@@ -112,12 +112,16 @@ def sds_loss(
         mask: Where the gradient acts, averaged down to the latent's cells; None is everywhere.
 
     Raises:
-        ValueError: a tensor is of another shape than the module's docstring says.
+        ValueError: a tensor is of another shape than the module's docstring says, or a time step
+            lies outside of the schedule.
     """
+    _check_shape("latents", latents, (None, None, None, None))
     b, _, h, w = latents.shape
     _check_shape("condition.text", condition.text, (2, None, None))
     _check_shape("t", t, (b,))
     _check_shape("noise", noise, tuple(latents.shape))
+    if t.is_floating_point() or b and not 0 <= t.min() <= t.max() < len(prior.alphas_cumprod):
+        raise ValueError(f"t must be steps from 0 to {len(prior.alphas_cumprod) - 1}, got {t}")
 
     with torch.no_grad():
         latents_t = add_noise(prior, latents, t, noise)
@@ -127,7 +131,7 @@ def sds_loss(
         grad = (1 - _abar(prior, t)) * (eps_hat - noise)  # [B, 4, h, w]
         if mask is not None:
             _check_shape("mask", mask, (b, 1, None, None))
-            grad = F.adaptive_avg_pool2d(mask, (h, w)) * grad
+            grad = F.adaptive_avg_pool2d(mask.to(grad.dtype), (h, w)) * grad
     return _carrier(latents, grad)
 
 
@@ -178,14 +182,17 @@ def hsc_loss(
             cannot be told apart: without a mask the loss asks for a background that can.
 
     Raises:
-        ValueError: shapes differ, a level is finer than the tokens, or has no weight.
+        ValueError: shapes differ, a level is finer than the tokens or has no weight, or the
+            temperature is not positive.
     """
     side = tokens.shape[1]
     _check_shape("tokens", tokens, (None, side, side, None))
     _check_shape("tokens_src", tokens_src, tuple(tokens.shape))
-    cells = [grid or side for grid in grids]
-    if len(weights) != len(cells) or max(cells) > side:
+    cells = [side if grid is None else grid for grid in grids]
+    if len(weights) != len(cells) or not all(1 <= cell <= side for cell in cells):
         raise ValueError(f"levels {cells} with weights {weights} do not fit {side} x {side} tokens")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
     if mask is None:
         mask = tokens.new_ones(len(tokens), 1, side, side)
@@ -196,7 +203,7 @@ def hsc_loss(
         logits = adapted @ source.mT / temperature  # [B, cell^2 adapted, cell^2 source]
         own_place = torch.arange(cell * cell, device=tokens.device).expand(len(tokens), -1)
         losses = F.cross_entropy(logits.mT, own_place, reduction="none")  # [B, cell^2]
-        share = F.adaptive_avg_pool2d(mask, cell).flatten(1)  # [B, cell^2]
+        share = F.adaptive_avg_pool2d(mask.to(losses.dtype), cell).flatten(1)  # [B, cell^2]
         total = total + weight * (losses * share).sum(1) / share.sum(1).clamp_min(1e-6)
     return total
 

@@ -265,8 +265,11 @@ def read_picture(path: Path) -> Image.Image:
     except Exception as error:
         raise ValueError(f"{path}: no readable picture ({error})") from error
 
-    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale.
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith(("I", "F")):  # Which convert() would clip instead of scale.
+        values = np.asarray(picture, dtype=np.float64)
+        tops = (65535,) if picture.mode.startswith("I;16") else (1, 255, 65535)
+        top = next((top for top in tops if values.max() <= top), values.max())
+        picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -4,15 +4,19 @@ A run folder holds config.json (what the run was made with), log.jsonl (a row pe
 grid-<step>.png, reference.png (if a picture was given), and what models/checkpoint.py writes.
 """
 
+import io
 import json
+import operator
 import os
 import re
 import signal
 import sys
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import torch
@@ -47,14 +51,32 @@ def run_cli(config: type, main: Callable, description: str) -> None:
 
     Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with ranks.one_voice():
-            main(tyro.cli(config, description=description))
+            main(parse_options(config, description))
     except (ValueError, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def parse_options(config: type, description: str) -> object:
+    """Parse the command line; of its mistakes tyro's box of several lines becomes one line."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(config, description=description)
+    except SystemExit as stop:
+        if stop.code:  # None or 0 after --help.
+            lines = re.sub("[│╭╮╰╯─]|-{5,}", "", box.getvalue()).splitlines()
+            title, *lines = map(str.strip, lines)
+            reason = " ".join(takewhile(bool, dropwhile(operator.not_, lines))) or title
+            meant = re.search(r"you meant:.*?(--[\w-]+)", " ".join(lines))
+            hint = f"perhaps {meant[1]}; " if meant else ""
+            print(f"error: {reason.rstrip('.')} ({hint}--help lists all options)", file=sys.stderr)
+        raise
 
 
 @contextmanager
@@ -141,7 +163,8 @@ def portable(source: str) -> str:
     to another machine; other files get their absolute path; hub ids and URLs stay.
     """
     path = Path(source).resolve()
-    if not os.path.exists(path):  # False for names too long for the system; Path raises.
+    # os.path takes names that are too long for the system, where Path raises.
+    if not source or not os.path.exists(path):
         return source
     return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
 
@@ -215,6 +238,8 @@ def check_run(folder: Path, settings: dict, free: set[str]) -> None:
         found = sorted(path.name for name in RUN_FILES for path in folder.glob(name))
         if found:
             raise ValueError(f"--out {folder} is no run, and its {', '.join(found)} would be lost")
+        if folder == Path() and any(folder.iterdir()):  # As an unset shell variable means it.
+            raise ValueError("--out is the working folder, which is no run and not empty")
         return
     then = read_settings(folder)
     changed = [key for key in settings if key not in free and settings[key] != then.get(key)]
@@ -262,8 +287,8 @@ def fingerprint_generator(G: nn.Module) -> str:
 def trim_log(folder: Path, step: int) -> None:
     """Drop the rows of log.jsonl that follow a step, and what a kill left of a row."""
     path = folder / "log.jsonl"
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error

@@ -155,11 +155,17 @@ FREE_TO_CHANGE = {
     *("micro_batch", "low_memory", "compile"),  # Slower or faster; to rounding the same gradients.
 }
 POSITIVE = {"lr", "hsc_temperature"}
-LARGEST_BATCH = 1024  # Beyond any memory, and a typing error rather than a wish.
 AT_LEAST = {
+    "trunc": -10,
     **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
     **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale"), 0),
 }
+# Beyond these lie typing errors rather than wishes.
+AT_MOST = {
+    **{"batch": 1024, "lr": 1, "trunc": 10, "guidance": 1e4},
+    **dict.fromkeys(("image_scale", "depth_scale"), 10),
+}
+LARGEST_WEIGHT = 1e4
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 CLIP_LAYER = 3 / 12  # Whose tokens 3D-Adapter compares: the third of ViT-B's twelve.
@@ -543,16 +549,16 @@ def check_options(cfg: Config) -> None:
                 raise ValueError(f"{flag} must be a finite number, got {part}")
         if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
-        if name.endswith("_weight") and value < 0:
-            raise ValueError(f"{flag} must be at least 0, got {value}")
+        if name in AT_MOST and value is not None and value > AT_MOST[name]:
+            raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
+        if name.endswith("_weight") and not 0 <= value <= LARGEST_WEIGHT:
+            raise ValueError(f"{flag} must be 0 to {LARGEST_WEIGHT:g}, got {value}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if not any(value for name, value in vars(cfg).items() if name.endswith("_weight")):
         raise ValueError("nothing to learn: every --...-weight is 0")
     if cfg.distance_weight and cfg.batch < 2:
         raise ValueError(f"--distance-weight needs a --batch of at least 2, got {cfg.batch}")
-    if cfg.batch > LARGEST_BATCH:
-        raise ValueError(f"--batch must be at most {LARGEST_BATCH}, got {cfg.batch}")
     if cfg.batch % ranks.count():
         raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
@@ -625,10 +631,10 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         raise ValueError(f"{source} has no IP-Adapter for --image: name one with --adapters")
     unknown = prior.unknown_words(cfg.prompt or "")
     if unknown:
-        known = prior.vocabulary.get("domains", prior.vocabulary["words"])
+        domains = prior.vocabulary.get("domains", {}).values() or prior.vocabulary["words"]
         print(
             f"warning: the prior has never seen the words {', '.join(unknown)}; "
-            f"the domains it knows are {', '.join(known)}",
+            f"the domains it knows are {', '.join(domains)}",
             file=sys.stderr,
         )
     if cfg.compile:
@@ -911,7 +917,15 @@ def save_run(cfg: Config, step: int, log: TextIO, training: Training) -> None:
 
 @torch.no_grad()
 def restore(state: dict, training: Training) -> None:
-    """Put back what `save_run` saved."""
+    """Put back what `save_run` saved.
+
+    Raises:
+        ValueError: the checkpoint is of another run.
+    """
+    shapes = {name: weight.shape for name, weight in training.weights.items()}
+    for kept in (state.get("weights", {}), state.get("averages", {})):
+        if {name: weight.shape for name, weight in kept.items()} != shapes:
+            raise ValueError("the newest checkpoint is of another run: other weights learn there")
     for name, weight in training.weights.items():
         weight.copy_(state["weights"][name])
         training.averages[name].copy_(state["averages"][name])

@@ -16,6 +16,7 @@ from torch import Tensor
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
+LABEL_SIZE = 25  # Numbers in a camera label.
 MAX_NUMBER = 1e6  # A guard against files; no honest setting is near it.
 
 

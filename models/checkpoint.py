@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.cameras import is_number
+from models.cameras import LABEL_SIZE, is_number
 from models.download import fetch
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle, read_state_dict
@@ -95,7 +95,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
     Args:
         path: Where to; the digits in its name are the step.
-        state: Nested dicts and lists of tensors, numbers and strings.
+        state: Nested dicts and lists of tensors, numbers and strings; `step` is in it.
     """
     atomic_write(path, lambda file: torch.save(state, file))
     for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
@@ -109,7 +109,10 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     """
     for path in _checkpoints(Path(folder)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
+                raise ValueError("no training state")
+            return state
         # Depending on where a file is cut, torch raises OSError, EOFError, RuntimeError, ...
         except Exception as error:
             print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
@@ -160,6 +163,12 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenera
     kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
     with torch.device("meta"):  # Weights would take time and memory, only to be replaced.
         G = TriPlaneGenerator(**kwargs)
+    # The constructor takes others; cameras, losses and pictures do not.
+    if G.c_dim != LABEL_SIZE or G.img_channels != 3 or G.decoder.net[2].weight.shape[0] < 4:
+        raise ValueError(
+            f"c_dim must be {LABEL_SIZE}, img_channels 3 and feature_channels at least 3, got "
+            f"{G.c_dim}, {G.img_channels} and {G.decoder.net[2].weight.shape[0] - 1}"
+        )
     size = header["neural_rendering_resolution"]
     if not (is_number(size) and size == int(size) and 1 <= size <= MAX_RENDER):
         raise ValueError(f"neural_rendering_resolution must be 1 to {MAX_RENDER}, got {size!r}")

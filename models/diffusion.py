@@ -170,7 +170,9 @@ class DiffusionPrior:
 
         scheduler = _load_scheduler(source)
         parts = {
-            "vae": _load_vae(source, "vae") if vae is None else _load_other_vae(vae, source),
+            "vae": _load_other_vae(vae, source, vae_dtype)
+            if vae is not None
+            else _load_vae(source, "vae", vae_dtype),
             "unet": load_network(UNet2DConditionModel, source, "unet", dtype),
             "text_encoder": load_network(CLIPTextModel, source, "text_encoder", dtype),
         }
@@ -186,7 +188,6 @@ class DiffusionPrior:
             fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
         if ip_adapter is not None:
             parts["image_encoder"] = _load_ip_adapter(ip_adapter, parts["unet"])
-        parts["vae"].to(vae_dtype)
         parts = {name: network.to(device) for name, network in parts.items()}
         vocabulary = _read_vocabulary(folder / "vocabulary.json")
         return cls(**parts, tokenizer=tokenizer, scheduler=scheduler, vocabulary=vocabulary)
@@ -316,7 +317,7 @@ class DiffusionPrior:
 
         Args:
             latents_t: sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise, [N, 4, h, w].
-            t: Integer time steps, [N].
+            t: Integer time steps, [N], or one for all.
             text: [N, L, D].
             depth: See `depth_condition`, [N, 3, H, W]; None leaves the ControlNet out.
             image_embeds: See `encode_reference`; None leaves the IP-Adapter out.
@@ -330,6 +331,7 @@ class DiffusionPrior:
             ValueError: depth or pictures are given that no loaded part can use.
         """
         dtype = self.unet.dtype
+        t = torch.as_tensor(t, device=latents_t.device).expand(len(latents_t))  # [N]
         extra = {}
         if depth is not None:
             if self.controlnet is None:
@@ -351,8 +353,8 @@ class DiffusionPrior:
         """Return the words of a prompt that are not in the declared vocabulary, if there is one."""
         if self.vocabulary is None:
             return []
-        known = set(self.vocabulary["words"])
-        return [word for word in re.findall(r"[\w']+", prompt.lower()) if word not in known]
+        words = re.findall(r"[\w']+", prompt.lower()) or prompt.split()
+        return [word for word in dict.fromkeys(words) if word not in self.vocabulary["words"]]
 
     @property
     def _is_plus(self) -> bool:
@@ -452,16 +454,18 @@ def _load_scheduler(source: str) -> DDPMScheduler:
     return scheduler
 
 
-def _load_vae(source: str, subfolder: str) -> AutoencoderKL | AutoencoderTiny:
+def _load_vae(source: str, subfolder: str, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
     """Load a VAE of either class."""
     saved_class = _vae_config(source, subfolder)["_class_name"]
-    return load_network(VAE_CLASSES[saved_class], source, subfolder)
+    return load_network(VAE_CLASSES[saved_class], source, subfolder, dtype)
 
 
-def _load_other_vae(source: str | Path, model: str) -> AutoencoderKL | AutoencoderTiny:
+def _load_other_vae(
+    source: str | Path, model: str, dtype: torch.dtype
+) -> AutoencoderKL | AutoencoderTiny:
     """Load a VAE in place of a model's own, and refuse one whose latents are another model's."""
     source = resolve_source(source)
-    vae = _load_vae(source, "vae" if Path(source, "model_index.json").is_file() else "")
+    vae = _load_vae(source, "vae" if Path(source, "model_index.json").is_file() else "", dtype)
     own = _vae_config(model, "vae")
     levels = own.get("block_out_channels", own.get("decoder_block_out_channels", ()))
     ours = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))

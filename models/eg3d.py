@@ -222,13 +222,20 @@ class TriPlaneGenerator(nn.Module):
             super-resolution term to their image_raw by mistake; here it is the clean one.
 
         Raises:
-            ValueError: `c` does not hold cameras for each of ws.
+            ValueError: `c` does not hold cameras for each of ws, `ws` is of another shape, or n is
+                no size.
         """
-        n = neural_rendering_resolution or self.neural_rendering_resolution
+        n = neural_rendering_resolution
+        n = self.neural_rendering_resolution if n is None else n
         views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
         if views.ndim != 3 or len(views) != len(ws):
             raise ValueError(
                 f"c must be [B, 25] or [B, K, 25] with B = {len(ws)} as ws, got {list(c.shape)}"
+            )
+        if ws.ndim != 3 or ws.shape[1] != self.backbone.num_ws or n < 1:
+            raise ValueError(
+                f"ws must be [B, {self.backbone.num_ws}, {self.w_dim}] and n at least 1, got "
+                f"{list(ws.shape)} and {n}"
             )
         rows = rows or slice(None)
         if planes is None:

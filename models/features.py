@@ -190,8 +190,8 @@ def clip_tokenize(tokenizer: CLIPTokenizer, sentences: list[str], length: int) -
     """Return token ids [N, length], padded; a sentence that is longer is cut, with a warning."""
     for sentence, ids in zip(sentences, tokenizer(sentences, verbose=False).input_ids, strict=True):
         if len(ids) > length:  # The end mark takes the last place.
-            cut = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f"{sentence[:20]!r}... is too long, cut off: {cut!r}", stacklevel=2)
+            cut = tokenizer.decode(ids[length - 1 : -1])[:40]
+            warnings.warn(f"{sentence[:20]!r}... is too long, cut off at {cut!r}", stacklevel=2)
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     return tokenizer(sentences, **options, return_tensors="pt").input_ids
 

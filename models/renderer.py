@@ -67,8 +67,9 @@ class RayOptions:
                 f"superresolution_noise_mode must be none, const or random, got {noise!r}"
             )
         for name in OTHER_NUMBERS:
-            if not is_number(kwargs.get(name, 0)):
-                raise ValueError(f"{name} must be a number, got {kwargs[name]!r}")
+            value = kwargs.get(name, 0)
+            if not is_number(value) or name == "foreground_depth" and isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         return options
 
     def with_samples(self, times: int) -> "RayOptions":

@@ -6,11 +6,10 @@ B batch, C feature channels, n rendered size, R final size, D = w_dim.
 
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.stylegan2 import FP16_CLAMP, NoiseMode, SynthesisBlock, fir_filter
+from models.stylegan2 import FP16_CLAMP, NoiseMode, SynthesisBlock, fir_filter, lay_out
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class SuperResolution(nn.Module):
                 )
                 for image in (x, rgb)
             )
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = lay_out(x, self.block0.conv0.weight)
         codes = [ws[:, -1]] * 3
         x, rgb = self.block0(x, rgb, codes, noise_mode, force_fp32)
         x, rgb = self.block1(x, rgb, codes, noise_mode, force_fp32)

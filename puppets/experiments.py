@@ -29,6 +29,7 @@ from puppets.domains import DOMAINS, HELD_OUT
 from puppets.heads import Z_DIM, render
 from render import image_grid, orbit, save_image, save_video, to_uint8
 from render import render as render_views
+from tables import cell
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
@@ -165,38 +166,27 @@ def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def cell(rows: list[evaluation.Row], name: str) -> str:
-    """Return a score over its seeds and, in brackets, what the true pictures get for it."""
-    values = [row[name] for row in rows if name in row]
-    true = [row[f"true_{name}"] for row in rows if f"true_{name}" in row]
-    return spread(values) + (f" ({np.mean(true):.3g})" if true else "")
-
-
 def mark(name: str) -> str:
     """Return a domain, or a run's name that ends in one, marked if the domain is held out."""
     return f"{name} (held out)" if name.rpartition("-")[2] in HELD_OUT else name
 
 
-def spread(values: list[float]) -> str:
-    """Return the mean of some seeds' values and, of several, their standard deviation."""
-    if len(values) < 2:
-        return "".join(f"{value:.3g}" for value in values)
-    return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}"
-
-
 def draw_figures(seed: int) -> None:
-    """Draw source heads above the same heads in every domain, for text and for pictures."""
-    source = load_generator(SOURCE)
-    for kind, domains in (("text", TEXT), ("image", PICTURE)):
-        rows = [("source", None, show(source))]
-        for domain in domains:
-            run = RUNS / f"{kind}-{domain}-s{seed}"
-            if not (run / "generator.safetensors").exists():
-                continue
-            picture = Image.open(run / "reference.png") if kind == "image" else None
-            label = DOMAINS[domain].phrases[0] if kind == "text" else ""
-            rows.append((label, picture, show(load_generator(run))))
-        save_image(sheet(rows), DOCS / f"figure-{kind}.png")
+    """Draw source heads above the same heads of every text, every picture, every objective."""
+    rows = {
+        "text": {f"text-{domain}": DOMAINS[domain].phrases[0] for domain in TEXT},
+        "image": {f"image-{domain}": "" for domain in PICTURE},
+        "objective": {f"{prefix(label)}-{COMPARED[1]}": label for label in ABLATIONS},
+    }
+    source = show(load_generator(SOURCE))
+    for figure, labels in rows.items():
+        heads = [("source", None, source)]
+        for name, label in labels.items():
+            run = RUNS / f"{name}-s{seed}"
+            if (run / "generator.safetensors").exists():
+                picture = Image.open(run / "reference.png") if figure == "image" else None
+                heads.append((label, picture, show(load_generator(run))))
+        save_image(sheet(heads), DOCS / f"figure-{figure}.png")
 
 
 def draw_orbit(seed: int) -> None:

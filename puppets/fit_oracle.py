@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eval import angle_deg
+from metrics import angle_deg
 from puppets.data import load, to_images
 from puppets.heads import identity
 from puppets.oracle import BATCH, ORACLE, Oracle, camera_direction, load_oracle

@@ -3,14 +3,17 @@
     python -m puppets.oracle --ckpt runs/a-bronze-statue --out results.json
 
 Adds to the rows that eval.py wrote how near the adapted pictures are to the true ones: the same
-latents from the same cameras, drawn in the target domain. The oracle is trained on true pictures of
-every domain and takes no part in any adaptation, so no loss is its own judge. A score `true_NAME`
-is what the true pictures get for NAME: what the measure itself leaves to be reached.
+latents from the same cameras, drawn in the target domain. As two sets of pictures they also give
+`fid` and `kid`, unless eval.py had --real. A row that has all this is left alone. The oracle is
+trained on true pictures of every domain and takes no part in any adaptation, so no loss is its own
+judge. A score `true_NAME` is what the true pictures get for NAME: what the measure itself leaves to
+be reached.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,13 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import eval as evaluation
-from eval import angle_deg
+from metrics import angle_deg, distances
 from models.cameras import split_label
 from models.features import ClipFeatures
 from puppets.data import DOMAIN_NAMES
 from puppets.heads import Z_DIM, identity, render
 from render import load_run, read_picture, to_image
-from runs import locate, run_cli
+from runs import fingerprint_generator, locate, run_cli
 
 ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 SIZE = 128  # Height and width of the pictures it reads, pixels.
@@ -87,9 +90,11 @@ def main(cfg: Config) -> None:
     sources: evaluation.Sources = {}
     truths: Truths = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
-        rows[str(ckpt)] |= score_run(ckpt, rows[str(ckpt)], oracle, sources, truths)
-        evaluation.write_rows(cfg.out, rows)
-    evaluation.print_table(rows)
+        row = evaluation.read_rows(cfg.out)[str(ckpt)]
+        if not {"oracle_l1", "fid"} <= row.keys():
+            row |= score_run(ckpt, row, oracle, sources, truths)
+            evaluation.write_rows(cfg.out, evaluation.read_rows(cfg.out) | {str(ckpt): row})
+    evaluation.report(cfg.out, cfg.ckpt)
 
 
 def score_run(
@@ -109,11 +114,12 @@ def score_run(
     Returns:
         `oracle_target`, the domain that the truth is drawn in; what `compare` returns; and of the
         scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
-        `true_identity_top1`, `true_identity_mrr`, `true_diversity`.
+        `true_identity_top1`, `true_identity_mrr`, `true_diversity`; `fid` and `kid` of the pictures
+        and the true ones, if torchmetrics is installed and the row has none of other pictures.
 
     Raises:
-        ValueError: the run's generator draws no puppets, its pictures are not finite, or its source
-            is gone.
+        ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
+            pictures are not finite, or its source is gone.
     """
     settings = evaluation.run_settings(ckpt)
     G, G_src, _ = load_run(ckpt)
@@ -121,6 +127,8 @@ def score_run(
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     if (G.z_dim, G.img_resolution, settings["trunc"]) != (Z_DIM, SIZE, 1):
         raise ValueError(f"{ckpt}: the truth is known only of puppets with --trunc 1")
+    if fingerprint_generator(G) != row.get("weights"):
+        raise ValueError(f"{ckpt} has changed since eval.py scored it: run eval.py again")
     domain = target_domain(ckpt, settings, oracle)
     cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
     source = evaluation.render_source(G_src, 1.0, cfg, sources)
@@ -138,9 +146,11 @@ def score_run(
     scores = compare(oracle, images, true_images, views.z, c, domain)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
     true = replace(source.renders, image=true_images, front=true_front)
-    floor = evaluation.pose(clip, source, true, cfg)
-    floor |= evaluation.identity(clip, source.renders, true, cfg)
+    floor = evaluation.likeness(clip, source, true, cfg)
     del floor["pose_source_deg"]
+    if "real" not in row and find_spec("torchmetrics"):
+        pair = (evaluation.embed(clip, pictures, cfg) for pictures in (true_images, images))
+        scores |= distances(*pair)
     return {"oracle_target": domain} | scores | {f"true_{k}": v for k, v in floor.items()}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_generator import small_generator
 from tiny_run import build_generator
 
 from models.checkpoint import (
@@ -309,3 +310,20 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_, name=name: acts.append(name))
     atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert acts == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"c_dim": 7}, {"img_channels": 1}, {"img_channels": 4}, {"feature_channels": 2}]
+)
+def test_generator_that_no_script_can_use_is_refused(changes, tmp_path):
+    save_generator(small_generator(**changes), tmp_path / "g.safetensors")
+    with pytest.raises(ValueError, match="c_dim must be 25, img_channels 3"):
+        load_generator(tmp_path / "g.safetensors")
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, [1, 2], {"step": "many"}])
+def test_checkpoint_that_is_no_training_state_is_passed_over(state, tmp_path, capsys):
+    save_checkpoint(tmp_path / "ckpt-000001.pt", {"step": 1})
+    torch.save(state, tmp_path / "ckpt-000002.pt")
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert "ckpt-000002.pt is damaged" in capsys.readouterr().err

@@ -239,6 +239,9 @@ BAD = {
             ("edit", "a robot", "edit needs --method diffusiongan3d, got gca3d"),
             ("hsc_temperature", 0, "hsc-temperature"),
             ("trunc", "nan", "trunc"),
+            ("trunc", "1e30", "trunc"),
+            ("lr", "1e39", "lr"),
+            ("guidance", "1e38", "guidance"),
         ]
     },
 }
@@ -274,8 +277,10 @@ def test_bad_weight_of_a_lora_is_one_line(tmp_path, call, weight):
 
 
 @pytest.mark.parametrize("argv", [["--steps", "many"], ["--method", "magic"], ["--nonsense", "1"]])
-def test_words_that_do_not_parse_exit_with_2(tmp_path, call, argv):
-    assert call(train, [*arguments(tmp_path / "run"), *argv])[0] == 2
+def test_words_that_do_not_parse_are_one_line(tmp_path, call, argv):
+    code, _, err = call(train, [*arguments(tmp_path / "run"), *argv])
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert argv[0] in err
     assert not (tmp_path / "run").exists()
 
 
@@ -418,6 +423,30 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
     code, _, err = call(render, argv)
     assert (code, len(err.splitlines())) == (2, 1)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--samples 7", "--samples"),
+        ("--seed -1", "--seed"),
+        ("--real nowhere", "--real nowhere: No such"),
+        ("--real .", "0 pictures"),
+        ("--ckpt nowhere", "nowhere"),
+        ("--ckpt .", "config.json"),
+        ("--device abacus", "--device"),
+    ],
+)
+def test_eval_refuses_in_one_line_and_leaves_nothing(tmp_path, call, monkeypatch, argv, reason):
+    run(tmp_path / "run", steps=1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    out = ["--ckpt", tmp_path / "run", "--out", tmp_path / "new/x.json"]
+    code, _, err = call(evaluation, [*out, *argv.split()])
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert reason in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_convert_refuses_in_one_line_and_leaves_nothing(tmp_path, call):

@@ -896,3 +896,17 @@ def test_depth_condition_has_the_size_asked_for_and_stays_in_range():
         assert condition.shape == (2, 3, size, size)
         assert condition.min() >= 0 and condition.max() <= 1
         assert torch.equal(condition[:, 0], condition[:, 2])
+
+
+def test_words_beyond_the_vocabulary_are_named_once_and_signs_count_too(prior, monkeypatch):
+    monkeypatch.setattr(prior, "vocabulary", {"words": ["a"]})
+    assert prior.unknown_words("A clown a clown, a robot") == ["clown", "robot"]
+    assert prior.unknown_words("\N{ROBOT FACE} !!!") == ["\N{ROBOT FACE}", "!!!"]
+    assert prior.unknown_words("a") == prior.unknown_words(" ") == []
+
+
+@pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([7])])
+def test_one_time_counts_for_all(prior, t):
+    latents, text = torch.randn(2, 4, 8, 8), prior.encode_text(["a", "b"])
+    each = prior.predict_noise(latents, torch.tensor([7, 7]), text)
+    assert torch.equal(prior.predict_noise(latents, t, text), each)

@@ -1,7 +1,8 @@
+import csv
 import json
 import shutil
 from dataclasses import replace
-from math import asin, degrees, pi
+from math import asin, degrees, pi, sin, tan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +14,17 @@ from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
+import metrics
+import tables
 from eval import Config, Renders, Source, Views
 from models.cameras import orbit
-from models.checkpoint import save_generator
+from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
+from models.renderer import pixel_rays
 from puppets import experiments, heads, oracle
 from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import DOMAINS, HELD_OUT
-from render import save_image, to_uint8
+from render import image_grid, save_image, to_uint8
 from runs import REPOSITORY, fingerprint_generator
 
 
@@ -43,7 +47,8 @@ def renders(angles, people):
     blob = torch.exp(-((x - yaw) ** 2 + (y - pitch) ** 2) * 2)
     image = blob.unsqueeze(1).repeat(1, 3, 1, 1)
     depth = 2.5 + blob.unsqueeze(1)
-    return Renders(image, depth, torch.ones_like(depth), people)
+    mask = torch.ones_like(depth)
+    return Renders(image, depth, mask, people, depth, mask)
 
 
 @pytest.fixture
@@ -56,6 +61,16 @@ def scene():
     people = torch.randn(48, 3, 32, 32, generator=generator)
     probes = renders(probe_views.angles, people[:1])
     return Source(views, renders(views.angles, people), probe_views, probes)
+
+
+PLOTS = {name: getattr(evaluation, name) for name in ("plot_bars", "plot_steps")}
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Leave out what takes a second at each call."""
+    for name in PLOTS:
+        monkeypatch.setattr(evaluation, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +100,18 @@ def change_settings(ckpt, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def depth_corr(source, adapted):
+    return metrics.depth_correlation(source.depth, adapted.depth, source.mask)
+
+
 CFG = Config(ckpt=(), batch=16)
 
 
 def test_direction_is_where_the_orbit_puts_the_camera():
     angles = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, -0.2], [-0.4, 0.3]])
     eye = F.normalize(orbit(*angles.T, radius=1.7, pivot=(0.0, 0.0, 0.0))[:, :3, 3], dim=1)
-    torch.testing.assert_close(evaluation.direction(angles), eye)
-    turned = evaluation.angle_deg(eye, eye[:1].expand(4, 3))
+    torch.testing.assert_close(metrics.direction(angles), eye)
+    turned = metrics.angle_deg(eye, eye[:1].expand(4, 3))
     torch.testing.assert_close(turned[1].item(), degrees(0.5), rtol=1e-4, atol=0)
     # Pitch is uniform in area: -0.2 is an elevation of asin(0.4 / pi), not 0.2.
     torch.testing.assert_close(turned[2].item(), degrees(asin(0.4 / pi)), rtol=1e-4, atol=0)
@@ -102,17 +121,16 @@ def test_angles_are_exact_where_arccos_is_not():
     a = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     b = torch.tensor([[1e-4, 0.0, 1.0], [0.0, 0.0, -1.0]])
     expected = torch.tensor([degrees(1e-4), 180.0])
-    torch.testing.assert_close(evaluation.angle_deg(a, b), expected)
+    torch.testing.assert_close(metrics.angle_deg(a, b), expected)
 
 
 def test_an_unchanged_generator_scores_perfectly(scene):
     source = scene.renders
-    scores = evaluation.identity(FakeClip(), source, source, CFG)
-    assert scores == {"identity_top1": 1.0, "identity_mrr": 1.0, "diversity": 1.0}
-    pose = evaluation.pose(FakeClip(), scene, source, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=1e-3)
-    assert pose["pose_source_deg"] < 3
-    assert evaluation.depth_correlation(source, source) == pytest.approx(1, abs=1e-5)
+    scores = evaluation.likeness(FakeClip(), scene, source, CFG)
+    assert scores["pose_deg"] == pytest.approx(scores["pose_source_deg"], abs=1e-3)
+    assert scores["pose_source_deg"] < 3
+    assert scores["identity_top1"] == scores["identity_mrr"] == scores["diversity"] == 1
+    assert depth_corr(source, source) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4])
@@ -122,7 +140,7 @@ def test_a_collapsed_generator_has_no_diversity_and_chance_identity(scene, pictu
     generator = torch.Generator().manual_seed(0)
     one = source.front[:1] if picture == "one head" else torch.full_like(source.front[:1], 0.25)
     front = one + noise * torch.randn(source.front.shape, generator=generator)
-    scores = evaluation.identity(FakeClip(), source, replace(source, front=front), CFG)
+    scores = evaluation.likeness(FakeClip(), scene, replace(source, front=front), CFG)
     assert scores["diversity"] < 0.01 and (noise or scores["diversity"] == 0)
     # One of 48 is chance; among pictures that differ at least by noise, some more may be luck.
     assert scores["identity_top1"] <= (0.15 if noise else 1 / 48 + 1e-6)
@@ -133,61 +151,305 @@ def test_a_collapsed_source_and_infinite_pictures_are_refused(scene):
     source = scene.renders
     same = replace(source, front=source.front[:1].expand_as(source.front))
     with pytest.raises(ValueError, match="same picture"):
-        evaluation.identity(FakeClip(), same, source, CFG)
+        evaluation.likeness(FakeClip(), replace(scene, renders=same), source, CFG)
     broken = replace(source, front=source.front / 0, depth=source.depth / 0)
     with pytest.raises(ValueError, match="not finite"):
-        evaluation.identity(FakeClip(), source, broken, CFG)
+        evaluation.likeness(FakeClip(), scene, broken, CFG)
     with pytest.raises(ValueError, match="not finite"):
-        evaluation.depth_correlation(source, broken)
+        depth_corr(source, broken)
 
 
 def test_shuffled_people_are_found_by_chance_only(scene):
     source = scene.renders
     rolled = replace(source, front=source.front.roll(1, 0))
-    scores = evaluation.identity(FakeClip(), source, rolled, CFG)
+    scores = evaluation.likeness(FakeClip(), scene, rolled, CFG)
     assert scores["identity_top1"] == 0 and scores["diversity"] == pytest.approx(1, abs=1e-5)
 
 
-def test_swapped_views_score_the_angle_between_them(scene):
-    source = scene.renders
-    mirrored = replace(source, image=source.image.flip(-1))
-    pose = evaluation.pose(FakeClip(), scene, mirrored, CFG)
-    known = evaluation.angle_deg(
-        evaluation.direction(scene.views.angles * torch.tensor([-1, 1])),
-        evaluation.direction(scene.views.angles),
-    )
+@pytest.mark.parametrize("change", ["mirrored", "swapped"])
+def test_wrong_views_score_the_angle_between_them(scene, change):
+    source, angles = scene.renders, scene.views.angles
+    wrong = {
+        "mirrored": (source.image.flip(-1), angles * torch.tensor([-1, 1])),
+        "swapped": (source.image.roll(1, 0), angles.roll(1, 0)),
+    }
+    image, shown = wrong[change]
+    pose = evaluation.likeness(FakeClip(), scene, replace(source, image=image), CFG)
+    known = metrics.angle_deg(metrics.direction(shown), metrics.direction(angles))
     assert pose["pose_deg"] == pytest.approx(known.mean().item(), rel=0.15)
+
+
+def test_a_turn_that_all_pictures_share_is_taken_for_the_domain(scene):
+    turned = renders(scene.views.angles + torch.tensor([0.2, 0.0]), scene.renders.front)
+    pose = evaluation.likeness(FakeClip(), scene, turned, CFG)
+    assert pose["pose_deg"] < 3 < degrees(0.2)
 
 
 def test_a_recoloured_and_paler_domain_keeps_pose_and_identity(scene):
     source = scene.renders
     tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
     tinted = replace(source, image=source.image / 3 + tint, front=source.front / 3 + tint)
-    pose = evaluation.pose(FakeClip(), scene, tinted, CFG)
-    assert pose["pose_deg"] == pytest.approx(pose["pose_source_deg"], abs=0.05)
-    assert evaluation.identity(FakeClip(), source, tinted, CFG)["identity_top1"] == 1
+    scores = evaluation.likeness(FakeClip(), scene, tinted, CFG)
+    assert scores["pose_deg"] == pytest.approx(scores["pose_source_deg"], abs=0.05)
+    assert scores["identity_top1"] == 1
 
 
 def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
     source = scene.renders
     turned = replace(source, depth=-source.depth)
-    assert evaluation.depth_correlation(source, turned) == pytest.approx(-1, abs=1e-5)
+    assert depth_corr(source, turned) == pytest.approx(-1, abs=1e-5)
     flat = replace(source, depth=torch.full_like(source.depth, 2.7))
-    assert evaluation.depth_correlation(source, flat) == 0
+    assert depth_corr(source, flat) == 0
     half = replace(source, depth=torch.cat([source.depth[:24], flat.depth[24:]]))
-    assert evaluation.depth_correlation(source, half) == pytest.approx(0.5, abs=1e-5)
+    assert depth_corr(source, half) == pytest.approx(0.5, abs=1e-5)
     empty = replace(source, mask=torch.zeros_like(source.mask))
-    assert evaluation.depth_correlation(empty, source) == 0
+    assert depth_corr(empty, source) == 0
+
+
+def test_gain_is_what_the_adapted_pictures_have_beyond_the_source():
+    target, other = torch.eye(4)[:1], torch.eye(4)[1:2]
+    assert metrics.cosine_gain(target, other.repeat(3, 1), target.repeat(3, 1)) == (1, 1)
+    same = F.normalize(torch.randn(8, 4), dim=1)
+    assert metrics.cosine_gain(target, same, same)[1] == 0
+
+
+def features(count, seed, width=16):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, width, generator=generator), dim=1)
+
+
+def test_equal_sets_have_no_distance_and_shifted_ones_their_shift():
+    pytest.importorskip("torchmetrics")
+    real = features(96, seed=0)
+    same = metrics.distances(real, real.flip(0))
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and -0.2 < same["kid"] <= 0
+    scores = [metrics.distances(real, real + shift) for shift in (0.1, 0.2, 0.4)]
+    # Of 16 features scaled by 4, each is shifted by 4 times the shift.
+    expected = [16 * (4 * shift) ** 2 for shift in (0.1, 0.2, 0.4)]
+    assert [score["fid"] for score in scores] == pytest.approx(expected, rel=1e-4)
+    kid = [same["kid"], *(score["kid"] for score in scores)]
+    assert kid == sorted(kid) and kid[1] - kid[0] > 0.01
+
+
+def test_distances_are_the_same_at_every_call_and_draw_nothing():
+    pytest.importorskip("torchmetrics")
+    real, after = features(96, seed=0), features(40, seed=1)
+    torch.manual_seed(1)
+    first = metrics.distances(real, after)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn and metrics.distances(real, after) == first
+    assert abs(first["kid"]) < 0.2  # Both are of one distribution.
+
+
+SIDE = 0.3  # Angle of the view from the side, radians.
+
+
+def plane_views(n=32):
+    """Return depth, mask and cameras of two views of the plane z = 0: from the side, from front."""
+    c = CAMERAS.label(torch.tensor([SIDE, 0.0]), torch.zeros(2))
+    origins, rays = pixel_rays(c, n)
+    depth = (-origins[..., 2] / rays[..., 2]).view(1, 2, n, n)
+    return depth, torch.ones_like(depth), c[None]
+
+
+def test_two_views_of_one_plane_agree_at_every_resolution():
+    for n in (16, 64):
+        assert metrics.multiview(*plane_views(n), size=128)["multiview_px"] < 0.01
+
+
+@pytest.mark.parametrize("error", [0.01, 0.02, -0.02])
+def test_depth_that_is_wrong_by_a_known_amount_moves_pixels_by_a_known_amount(error):
+    depth, mask, c = plane_views()
+    depth[:, 1] += error  # Of the frontal view, whose rays meet the plane at right angles.
+    moved = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
+    # From the front the error shows as error * tan along the plane, from the side as error * sin.
+    px = CAMERAS.focal * 128 / CAMERAS.radius
+    assert moved == pytest.approx(abs(error) * px * (tan(SIDE) + sin(SIDE)) / 2, rel=0.1)
+
+
+def test_true_heads_agree_but_for_what_the_other_view_does_not_see():
+    z, c = torch.randn(2, heads.Z_DIM, generator=torch.Generator().manual_seed(0)), []
+    views = CAMERAS.label(torch.tensor([0.5, 0.0]), torch.tensor([0.2, 0.0]))  # [2, 25]
+    drawn = [heads.render(x.expand(2, -1), views, size=64, supersample=1)[1:] for x in z]
+    depth, mask = (torch.stack(maps)[:, :, 0] for maps in zip(*drawn, strict=True))
+    c = views.expand(2, -1, -1)
+    true = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
+    mixed = (torch.stack([x[:, 0], x.roll(1, 0)[:, 1]], dim=1) for x in (depth, mask))
+    assert true < 0.5 < 2 * true < metrics.multiview(*mixed, c, size=128)["multiview_px"]
+
+
+def test_views_without_foreground_have_no_multiview_score():
+    depth, mask, c = plane_views()
+    assert metrics.multiview(depth, torch.zeros_like(mask), c, size=128) == {}
+
+
+def test_geometry_compares_a_random_view_with_the_frontal_one(finished):
+    G = build_generator()
+    cfg = replace(CFG, samples=2)
+    views, _ = evaluation.draw_views(G, cfg)
+    drawn = evaluation.render_all(G, views, 1.0, cfg, "")
+    scores = evaluation.geometry(G, Source(views, drawn, views, drawn), drawn)
+    assert scores["depth_corr"] == pytest.approx(1, abs=1e-5)
+    assert 0 <= scores["multiview_px"] < 32
+    torch.manual_seed(cfg.seed + 1)
+    ws = G.mapping(views.z[1:], G.cameras.frontal())
+    c = torch.cat([G.cameras.label(*views.angles[1:].T), G.cameras.frontal()])
+    out = G.synthesis(ws, c[None])
+    assert torch.equal(drawn.front_depth[1], out["image_depth"][1])
+    assert torch.equal(drawn.front_mask[1], out["mask"][1])
 
 
 def test_eval_scores_a_run_and_writes_json(finished, tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "results.json"
     row = score(finished, out)[str(finished)]
     names = {"clip_text", "pose_deg", "identity_top1", "identity_mrr", "diversity", "depth_corr"}
+    names |= {"multiview_px"}
     assert names < set(row) and 0.1 < row["peak_gb"] < 50
     assert (row["samples"], row["seed"], row["trunc"]) == (8, 1_000_000, 1.0)
-    assert row["steps_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
-    assert f"{row['diversity']:.3f}" in capsys.readouterr().out
+    assert row["total_minutes"] == pytest.approx(2 * row["step_seconds"] / 60)
+    assert f"{row['diversity']:.3g}" in capsys.readouterr().out
+
+
+def test_tables_and_plots_stand_beside_the_json(finished, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name, plot in PLOTS.items():
+        monkeypatch.setattr(evaluation, name, plot)
+    row = score(finished, tmp_path / "results.json")[str(finished)]
+    with open(tmp_path / "results-table.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["run"] == str(finished) and float(line["diversity"]) == row["diversity"]
+    assert set(line) == {"run", *row}
+    text = (tmp_path / "results-table.md").read_text()
+    assert len(text.splitlines()) == 3 and f"| {row['pose_deg']:.3g} |" in text
+    for name in ("bars", "steps"):
+        with Image.open(tmp_path / f"results-{name}.png") as plot:
+            plot.load()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_without_matplotlib_there_is_a_hint_and_no_plot(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "plot_bars", None)
+    monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    monkeypatch.setattr(evaluation, "score_run", lambda *_: ROW)
+    score(finished, tmp_path / "results.json")
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png")) and (tmp_path / "results-table.md").exists()
+
+
+ROW = {"method": "gca3d", "target": "a clown", "diversity": 0.5}
+
+
+def test_what_has_not_changed_is_not_scored_again(copied, tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+    before = score(copied, out)
+    monkeypatch.setattr(evaluation, "render_all", None)
+    assert score(copied, out) == before
+    scored = []
+    monkeypatch.setattr(evaluation, "score_run", lambda ckpt, cfg, *_: scored.append(cfg) or ROW)
+    for change in (
+        lambda: score(copied, out, seed=7),
+        lambda: [change_settings(copied, steps=9), score(copied, out)],
+        lambda: (
+            [save_generator(build_generator(3), copied / "generator.safetensors")]
+            + [score(copied, out)]
+        ),
+        lambda: [(copied / "log.jsonl").unlink(), score(copied, out)],
+    ):
+        out.write_text(json.dumps(before))
+        change()
+    assert len(scored) == 4
+
+
+def test_rows_that_another_process_wrote_meanwhile_are_kept(finished, tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+
+    def score_run(*_):
+        evaluation.write_rows(out, {"runs/other": ROW})
+        return ROW
+
+    monkeypatch.setattr(evaluation, "score_run", score_run)
+    assert score(finished, out).keys() == {"runs/other", str(finished)}
+
+
+def test_quick_scores_fewer_samples(finished, tmp_path, monkeypatch):
+    samples = []
+    monkeypatch.setattr(evaluation, "score_run", lambda _, cfg, *__: samples.append(cfg) or ROW)
+    for count in (256, 8):
+        cfg = Config(ckpt=(finished,), out=tmp_path / "x.json", samples=count, quick=True)
+        evaluation.main(cfg)
+    assert [cfg.samples for cfg in samples] == [evaluation.QUICK, 8]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row():
+    row = ROW | {"samples": 8, "seed": 5, "config": "a", "run_seed": 0}
+    rows = {
+        "runs/clown-s0": row | {"diversity": 0.4, "true_diversity": 0.9},
+        "runs/robot": row | {"config": "b"},
+        "runs/clown-s1": row | {"diversity": 0.6, "true_diversity": 0.9, "run_seed": 1},
+        "runs/copy": row,
+        "runs/more": row | {"samples": 16, "run_seed": 2},
+        "old": ROW,
+        "older": ROW | {"target": "a | b"},
+    }
+    assert {name: len(group) for name, group in tables.group_rows(rows).items()} == {
+        **{"runs/clown-s{0,1}": 2, "runs/robot": 1, "runs/copy": 1, "runs/more": 1},
+        **{"old": 1, "older": 1},
+    }
+    text = tables.markdown_table(rows)
+    assert "| runs/clown-s{0,1} | gca3d | a clown | 0.5 ± 0.14 (0.9) |" in text
+    assert "a \\| b" in text and len(text.splitlines()) == 8
+
+
+def test_seed_and_machine_are_no_other_configuration():
+    settings = {"prompt": "a clown", "seed": 0, "out": "a", "device": None, "lr": 1e-3}
+    same = settings | {"seed": 1, "out": "b", "device": "cuda"}
+    first, second, third = map(
+        evaluation.fingerprint_settings, (settings, same, settings | {"lr": 1e-4})
+    )
+    assert first == second != third
+
+
+@pytest.fixture
+def photos(finished, tmp_path):
+    """A folder of what the adapted generator of `finished` shows of the latents scored."""
+    G = load_generator(finished)
+    views, _ = evaluation.draw_views(G, cfg := replace(CFG, samples=8))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(evaluation.render_all(G, views, 1.0, cfg, "").image):
+        save_image(image_grid([image[None]]), folder / f"{i}.PNG")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_real_pictures_that_are_the_adapted_ones_have_no_distance(finished, tmp_path, photos):
+    pytest.importorskip("torchmetrics")
+    near = score(finished, tmp_path / "a.json", real=photos)[str(finished)]
+    for i, path in enumerate(photos.glob("*.PNG")):
+        Image.new("RGB", (40, 30), (0, 25 * i, 255)).save(path)
+    far = score(finished, tmp_path / "a.json", real=photos)[str(finished)]
+    assert near["fid"] < 0.1 * far["fid"] and near["kid"] < far["kid"]
+    assert far["real"] == str(photos) and far["pose_deg"] == near["pose_deg"]
+
+
+@pytest.mark.parametrize("case", ["missing", "few", "broken", "no torchmetrics"])
+def test_real_pictures_that_cannot_be_used_are_refused(
+    finished, tmp_path, photos, monkeypatch, case
+):
+    if case == "missing":
+        shutil.rmtree(photos)
+    elif case == "few":
+        (photos / "0.PNG").unlink()
+    elif case == "broken":
+        (photos / "0.PNG").write_bytes(b"no picture")
+    else:
+        monkeypatch.setattr(evaluation, "find_spec", lambda _: None)
+    word = {"few": "7 pictures", "broken": "0.PNG", "no torchmetrics": "pip install"}
+    out = tmp_path / "new" / "results.json"
+    with pytest.raises(ValueError, match=word.get(case, "--real")):
+        score(finished, out, real=photos)
+    assert not out.parent.exists()
 
 
 def test_scores_do_not_depend_on_the_batch(finished, tmp_path):
@@ -208,6 +470,7 @@ def test_runs_share_the_renders_of_one_source_but_not_of_another(finished, copie
         evaluation.main(cfg)
         assert drawn == ["pose probe", "source", "adapted", "adapted"]
         change_settings(copied, trunc=0.5)
+        cfg.out.unlink()
         evaluation.main(cfg)
         assert drawn[4:] == ["pose probe", "source", "adapted"] * 2
     row = json.loads(cfg.out.read_text())[str(finished)]
@@ -277,7 +540,7 @@ def test_every_run_is_checked_before_any_is_scored(finished, tmp_path, monkeypat
     assert not out.parent.exists()
 
 
-@pytest.mark.parametrize("name", ["clip", "diffusion", "method", "prompt", "trunc"])
+@pytest.mark.parametrize("name", ["clip", "diffusion", "method", "prompt", "seed", "trunc"])
 def test_settings_without_a_key_are_refused_by_name(copied, tmp_path, name):
     path = copied / "config.json"
     settings = json.loads(path.read_text())
@@ -307,9 +570,11 @@ def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
     with log.open("a") as file:
         file.write('{"step": 3, "seco')
     assert evaluation.cost(copied) == whole
-    log.write_text('{"seconds": 1, "peak_gb": 2.5}\n{"seconds": 3, "peak_gb": 4.5}\n')
+    log.write_text(
+        '{"step": 1, "seconds": 1, "peak_gb": 2.5}\n{"step": 2, "seconds": 3, "peak_gb": 4.5}\n'
+    )
     assert evaluation.cost(copied) == pytest.approx(
-        {"step_seconds": 2, "steps_minutes": 4 / 60, "peak_gb": 4.5}
+        {"step_seconds": 2, "total_minutes": 4 / 60, "peak_gb": 4.5}
     )
     log.write_text("[]\n")
     with pytest.raises(ValueError, match="log.jsonl"):
@@ -352,7 +617,7 @@ def test_another_domain_person_and_camera_are_told_from_the_truth():
     black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
     truth = heads.render(z, c, "bronze")[0]
     scores = oracle.compare(eye, black, truth, z, c, "bronze")
-    known = evaluation.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
+    known = metrics.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
     assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
     assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
@@ -394,6 +659,7 @@ def puppet_run(copied, tmp_path):
     change_settings(copied, diffusion=str(prior), generator=generator, generator_weights=weights)
     out, weights = tmp_path / "results.json", tmp_path / "oracle.safetensors"
     row = {"method": "gca3d", "target": "a bronze statue", "samples": 3, "seed": 5}
+    row["weights"] = fingerprint_generator(puppet_generator())
     out.write_text(json.dumps({str(copied): row}))
     torch.manual_seed(0)
     save_file(oracle.Oracle().state_dict(), weights)
@@ -407,7 +673,30 @@ def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
     assert before.items() < row.items() and row["oracle_target"] == "bronze"
     assert 0 < row["oracle_l1"] < 2 and 0 < row["true_oracle_pose_deg"] < 180
     assert 0 < row["true_pose_deg"] < 180 and 1 / 3 <= row["true_identity_mrr"] <= 1
-    assert f"{row['oracle_l1']:.3f}" in capsys.readouterr().out
+    assert f"{row['oracle_l1']:.3g}" in capsys.readouterr().out
+
+
+def test_oracle_scores_a_row_once_and_only_of_the_run_it_describes(puppet_run, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    oracle.main(puppet_run)
+    row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
+    assert row["fid"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle, "score_run", None)
+        oracle.main(puppet_run)
+    del row["fid"]
+    puppet_run.out.write_text(json.dumps({str(puppet_run.ckpt[0]): row | {"weights": "other"}}))
+    with pytest.raises(ValueError, match="run eval.py again"):
+        oracle.main(puppet_run)
+
+
+def test_oracle_leaves_the_distance_to_other_pictures(puppet_run):
+    run = str(puppet_run.ckpt[0])
+    row = json.loads(puppet_run.out.read_text())[run]
+    puppet_run.out.write_text(json.dumps({run: row | {"real": "photos", "fid": 7.0}}))
+    oracle.main(puppet_run)
+    row = json.loads(puppet_run.out.read_text())[run]
+    assert row["fid"] == 7 and "kid" not in row and row["oracle_l1"] > 0
 
 
 def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
@@ -512,6 +801,11 @@ def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
     readme = (REPOSITORY / "README.md").read_text().splitlines()
     shown = [line for line in readme if line.startswith(("| text-", "| image-", "| gca3d"))]
     assert len(shown) >= 9 and set(shown) <= rows
+
+
+def test_committed_scores_are_still_read():
+    rows = evaluation.read_rows(REPOSITORY / "docs/results.json")
+    assert len(tables.markdown_table(rows).splitlines()) == len(rows) + 2
 
 
 def test_results_are_those_of_the_committed_scores(docs):

@@ -265,7 +265,7 @@ def test_bfloat16_autocast_stays_close(G):
 
 def test_init_kwargs_rebuild_the_generator(G):
     kwargs = json.loads(json.dumps(G.init_kwargs))
-    again = TriPlaneGenerator(**kwargs)
+    again = TriPlaneGenerator(**kwargs).requires_grad_(False)
     again.load_state_dict(G.state_dict())
     again.neural_rendering_resolution = 16
     ws, c = inputs(G)
@@ -312,3 +312,19 @@ def test_bad_settings_are_refused_in_one_line(rendering_kwargs, changes, message
     with pytest.raises(ValueError, match=message) as error:
         small_generator(rendering_kwargs, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_codes_and_sizes_that_mean_nothing_are_refused(G):
+    ws, c = inputs(G)
+    for size in (0, -3):
+        with pytest.raises(ValueError, match="n at least 1"):
+            G.synthesis(ws, c, neural_rendering_resolution=size)
+    for codes in (ws[:, :1], ws.repeat(1, 2, 1), ws[:, 0]):
+        with pytest.raises(ValueError, match="ws must be"):
+            G.synthesis(codes, c)
+
+
+def test_codes_of_double_precision_are_taken(G):
+    ws, c = inputs(G)
+    with even_samples():
+        assert torch.equal(G.synthesis(ws.double(), c)["image"], G.synthesis(ws, c)["image"])

@@ -419,3 +419,27 @@ def test_structure_by_hand_and_blind_to_rotation_of_features():
     tokens, rotation = torch.randn(2, 4, 4, 6), torch.linalg.qr(torch.randn(6, 6))[0]
     assert structure_loss(2 * tokens @ rotation, tokens).max() < 1e-10
     assert structure_loss(tokens.flip(1), tokens).min() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_masks_of_any_type_count_alike(dtype):
+    latents, condition, t, noise = sds_inputs()
+    depth, mask = torch.rand(3, 3, 64, 64), torch.rand(3, 1, 16, 16) > 0.5
+    inputs = (FakePrior(), latents, condition, t, noise, GUIDANCE, depth)
+    assert torch.equal(dsds_loss(*inputs, mask.to(dtype)), dsds_loss(*inputs, mask.float()))
+    tokens, source = torch.randn(2, 3, 8, 8, 5)
+    masked = hsc_loss(tokens, source, mask=mask.to(dtype))
+    assert torch.equal(masked, hsc_loss(tokens, source, mask=mask.float()))
+
+
+@pytest.mark.parametrize("t", [[-1, 0, 0], [0, 0, 1000], [0.5, 0.5, 0.5]])
+def test_times_outside_of_the_schedule_are_refused(t):
+    latents, condition, _, noise = sds_inputs()
+    with pytest.raises(ValueError, match="t must be steps from 0 to"):
+        sds_loss(FakePrior(), latents, condition, torch.tensor(t), noise, GUIDANCE)
+
+
+@pytest.mark.parametrize("bad", [{"grids": (0, 1, 2)}, {"grids": ()}, {"temperature": 0}])
+def test_levels_and_temperatures_that_mean_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match="levels|temperature"):
+        hsc_loss(*torch.randn(2, 1, 8, 8, 5), **bad)

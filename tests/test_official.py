@@ -345,7 +345,7 @@ def test_weight_too_large_for_half_precision_is_not_rounded_to_infinity():
 
 
 def test_conversion_writes_no_other_kind_of_file():
-    with pytest.raises(ValueError, match="--out must end in .safetensors"):
+    with pytest.raises(ValueError, match="--out must be a file that ends in .safetensors"):
         convert.main(convert.Config(str(write()), Path("g.pkl")))
 
 

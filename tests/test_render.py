@@ -324,3 +324,16 @@ def test_unreadable_picture_is_refused(tmp_path, content):
         (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match="x.png"):
         render.read_picture(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "top"),
+    [("F", "float32", 1), ("F", "float32", 255), ("I", "int32", 255), ("I;16", "uint16", 65535)],
+)
+def test_pictures_of_many_bits_keep_their_brightness(tmp_path, mode, dtype, top):
+    values = (np.linspace(0, 1, 64).reshape(8, 8) * top).astype(dtype)
+    picture = Image.fromarray(values)
+    assert picture.mode == mode
+    picture.save(tmp_path / "x.tiff")
+    read = np.asarray(render.read_picture(tmp_path / "x.tiff"))
+    assert np.allclose(read[..., 0], values / top * 255, atol=1.5)
