@@ -190,7 +190,9 @@ class Batch:
     progress: float  # Of the run, in (0, 1].
 
 
-Term = tuple[float, Callable[[Tensor, Batch], Tensor]]  # Weight, (images, batch) -> losses [B].
+# Weight, (images, batch) -> losses [B], each of one head: batches are split by --micro-batch and
+# among processes.
+Term = tuple[float, Callable[[Tensor, Batch], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,7 @@ def prepare(
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
     weights = learning_weights(G, LEARNS[cfg.method])
     averages = {name: G_ema.get_parameter(name) for name in weights}
+    # StyleGAN's betas: no momentum, since the gradients of a step are mostly noise.
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     return Training(G_src, prior, terms, clip, target, G, G_ema, weights, averages, optimizer)
 
@@ -423,7 +426,7 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in AT_MOST and value is not None and value > AT_MOST[name]:
             raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
-        if name in POSITIVE and value <= 0:
+        if name in POSITIVE and value is not None and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if cfg.batch % ranks.count():
         raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
