@@ -131,6 +131,7 @@ def main(cfg: Config) -> None:
         yardstick()  # The first call is slower.
     for name in tqdm([name for name in PARTS if name in (cfg.parts or PARTS)], unit="part"):
         report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
+        tqdm.write(f"{name}: {report['parts'][name]['seconds']:.3g} s")
         report["process_peak_gb"] = peak_gb(device)
         write(report, cfg)  # What is measured so far, should it be stopped.
     if "sds" in report["parts"] and not cfg.random:  # Whose gradients tell nothing.

@@ -277,7 +277,8 @@ class Batch:
     """Planes of all B heads, the copy's and the source's, without gradients."""
 
 
-Term = tuple[float, Callable[[Outputs, Batch], Tensor]]  # Weight, (outputs, batch) -> losses [b].
+# Weight, (outputs, batch) -> losses [b], each of one head.
+Term = tuple[float, Callable[[Outputs, Batch], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -397,6 +398,7 @@ def prepare(
     phases = [learning_weights(G, pattern) for pattern in patterns]
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
+    # StyleGAN's betas: no momentum, since the gradients of a step are mostly noise.
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
     return Training(
         *(G_src, prior, terms, clip, target),
@@ -551,9 +553,8 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in AT_MOST and value is not None and value > AT_MOST[name]:
             raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
-        if name.endswith("_weight") and not 0 <= value <= LARGEST_WEIGHT:
-            raise ValueError(f"{flag} must be 0 to {LARGEST_WEIGHT:g}, got {value}")
-        if name in POSITIVE and value <= 0:
+# Weight, (outputs, batch) -> losses [b], each of one head.
+Term = tuple[float, Callable[[Outputs, Batch], Tensor]]
             raise ValueError(f"{flag} must be above 0, got {value}")
     if not any(value for name, value in vars(cfg).items() if name.endswith("_weight")):
         raise ValueError("nothing to learn: every --...-weight is 0")

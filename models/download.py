@@ -43,7 +43,10 @@ def fetch(name: str) -> Path:
     if match := re.fullmatch(f"({HUB_ID})/({PART}(?:/{PART})*)", name):
         return fetch_hub_file(*match.groups())
     name = " ".join(name.split())
-    raise ValueError(f"{name}: no such file or run folder, and no hub id (user/repo/file) or URL")
+    hint = f". {MIRRORS}" if name.endswith(".pkl") else ""
+    raise ValueError(
+        f"{name}: no such file or run folder, and no hub id (user/repo/file) or URL{hint}"
+    )
 
 
 def fetch_hub_file(repo: str, file: str) -> Path:

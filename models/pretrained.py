@@ -5,6 +5,7 @@ is absent, of another class, incomplete or unreadable is a ValueError of one lin
 A source is a local folder, for which the network is never tried, or a hub id `user/repo`.
 """
 
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -16,6 +17,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, CLIPTokenizer
 
@@ -176,6 +178,12 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
         yield
     # The libraries raise a dozen types for bad files (OSError, KeyError, SafetensorError, httpx's).
     except Exception as error:
+        chain = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        if any(isinstance(link, LocalEntryNotFoundError) for link in chain):
+            # The libraries blame the repository.
+            error = ValueError(f"not downloaded yet, and the hub cannot be reached ({chain[-1]})")
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"has no {reason}"
@@ -190,12 +198,16 @@ def quiet_loading() -> Iterator[None]:
     """Hide loaders' weight bars and logs: what matters in them is checked or raised."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    hub = logging.getLogger("huggingface_hub")  # Which would tell of every new try.
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     for log in logs:
         log.set_verbosity(log.CRITICAL)
         log.disable_progress_bar()
     try:
         yield
     finally:
+        hub.setLevel(hub_level)
         for log, level, bars in before:
             log.set_verbosity(level)
             if bars:
