@@ -553,8 +553,9 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in AT_MOST and value is not None and value > AT_MOST[name]:
             raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
-# Weight, (outputs, batch) -> losses [b], each of one head.
-Term = tuple[float, Callable[[Outputs, Batch], Tensor]]
+        if name.endswith("_weight") and not 0 <= value <= LARGEST_WEIGHT:
+            raise ValueError(f"{flag} must be 0 to {LARGEST_WEIGHT:g}, got {value}")
+        if name in POSITIVE and value is not None and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
     if not any(value for name, value in vars(cfg).items() if name.endswith("_weight")):
         raise ValueError("nothing to learn: every --...-weight is 0")
