@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
+ROUNDING = 1e-4  # Of ratios of squared distances.
+
 
 class NoisePredictor(Protocol):
     """What a loss needs of a frozen diffusion model (see models/diffusion.py)."""
@@ -315,7 +317,9 @@ def relative_distance_loss(
     distances_src = _square_distances(planes_src, others_src).detach()
     itself = torch.arange(first, first + len(planes), device=planes.device).unsqueeze(1)  # [b, 1]
     ratios = distances / (distances_src + 1e-8)
-    return (ratios - 1).abs().scatter(1, itself, 0).sum(1) / (len(others) - 1)
+    # The sign of a rounding error is no direction: as yet equal planes have no gradient.
+    changes = F.hardshrink(ratios - 1, ROUNDING).abs()
+    return changes.scatter(1, itself, 0).sum(1) / (len(others) - 1)
 
 
 @torch.no_grad()
