@@ -1,5 +1,8 @@
-"""No test may depend on a network: hub ids that are not cached are refused at once."""
+"""What holds for all tests; set before the libraries that read it are imported."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is first imported.
+# No test may depend on a network: hub ids that are not cached are refused at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Networks are tiny: threads would wait for each other longer than they compute.
+os.environ["OMP_NUM_THREADS"] = "1"
