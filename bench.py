@@ -60,7 +60,7 @@ from models.pretrained import load_tokenizer, quiet_loading
 from runs import REPOSITORY, locate, peak_gb, pick_device, run_cli
 
 PROMPT = "a bronze statue"
-NETWORKS = ("generator", "diffusion", "adapters", "vae", "features", "clip")
+NETWORKS = ("base", "generator", "diffusion", "adapters", "vae", "features", "clip")
 SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
 EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": None, "compile": False}
 CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Of the convolution and of the square matrices.
@@ -89,7 +89,7 @@ Row = dict[str, float | None]  # What was measured of a part, by name.
 class Config:
     """Options of bench.py; those named as train.py's are the same."""
 
-    base: Literal["puppets", "ffhq", "afhq"] = "puppets"  # World whose presets count.
+    base: Literal["puppets", "ffhq", "afhq"] | None = None  # World whose presets; None: train.py's.
     generator: str | None = None  # Generator to adapt: file, run folder, hub id or URL.
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
     adapters: tuple[str] | None = None  # Depth ControlNet of the prior: folder or hub id.
@@ -161,8 +161,8 @@ def check_options(cfg: Config) -> None:
     if cfg.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {cfg.repeats}")
     given = ", ".join(f"--{name}" for name in NETWORKS if getattr(cfg, name) is not None)
-    if cfg.random and (given or cfg.base != "puppets"):
-        raise ValueError(f"--random replaces all networks, so no {given or '--base'} with it")
+    if cfg.random and given:
+        raise ValueError(f"--random replaces all networks, so no {given} with it")
     for flag, path in (("--json", cfg.json), ("--out", cfg.out)):
         if path and (os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {path} is no file that can be written")
@@ -174,7 +174,8 @@ def run_options(cfg: Config) -> train.Config:
     Raises:
         ValueError: train.py would refuse them.
     """
-    given = {name: getattr(cfg, name) for name in ("base", *NETWORKS, *SWITCHES)}
+    given = {name: getattr(cfg, name) for name in (*NETWORKS, *SWITCHES)}
+    given["base"] = cfg.base or train.Config.base
     if cfg.random:
         taesd = "taesd" if cfg.random == "taesd" else None
         given |= {"base": "ffhq", "generator": "random", "vae": taesd}
