@@ -49,6 +49,7 @@ from transformers import (
     Dinov2Model,
 )
 
+import methods
 import train
 from losses import guided_noise
 from models.checkpoint import atomic_write, load_generator
@@ -209,7 +210,7 @@ class World:
     def G(self) -> TriPlaneGenerator:
         """A copy that learns."""
         G = copy.deepcopy(self.G_src)
-        train.learning_weights(G, train.LEARNS[self.cfg.method][0])
+        train.learning_weights(G, methods.LEARNS[self.cfg.method][0])
         return G
 
     @cached_property
@@ -267,13 +268,13 @@ class World:
         return torch.randn(self.cfg.batch, channels, n, n).to(self.device)
 
     @cached_property
-    def batch(self) -> train.Batch:
+    def batch(self) -> methods.Batch:
         """The source's renders, times and noise, half-way through a run."""
         source = train.draw_heads(self.G_src, self.ws, self.c, slice(None))
         times = train.draw_times(self.cfg, self.cfg.steps // 2, self.prior).to(self.device)
         noise = train.draw_noise(self.cfg, self.prior).to(self.device)
         planes = source["planes"], source["planes"]
-        return train.Batch(source, times, noise, noise, 0.5, 0, lambda: planes)
+        return methods.Batch(source, times, noise, noise, 0.5, 0, lambda: planes)
 
     @cached_property
     def images(self) -> Tensor:
@@ -333,12 +334,12 @@ def generator_backward(G: TriPlaneGenerator, ws: Tensor, c: Tensor) -> None:
 @torch.no_grad()
 def vae(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images."""
-    prior.encode_images(train.resize(images, prior.image_size))
+    prior.encode_images(methods.resize(images, prior.image_size))
 
 
 def vae_backward(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images and go back to them."""
-    latents = prior.encode_images(train.resize(images, prior.image_size))
+    latents = prior.encode_images(methods.resize(images, prior.image_size))
     torch.autograd.grad(latents.sum(), images)
 
 
@@ -349,7 +350,7 @@ def controlnet(prior: DiffusionPrior, controlnet_inputs: tuple[Tensor, ...]) -> 
 
 
 def unet(
-    cfg: train.Config, prior: DiffusionPrior, batch: train.Batch, condition: Condition
+    cfg: train.Config, prior: DiffusionPrior, batch: methods.Batch, condition: Condition
 ) -> None:
     """Predict noise with guidance, both halves in one batch, without depth."""
     guided_noise(prior, batch.noise, batch.t, condition, cfg.guidance)
@@ -372,15 +373,16 @@ def clip(clip: ClipFeatures, images: Tensor) -> None:
     clip.images(images)
 
 
-def sds(training: train.Training, images: Tensor, batch: train.Batch) -> Tensor:
+def sds(training: train.Training, images: Tensor, batch: methods.Batch) -> Tensor:
     """Take the gradient of DSDS at the images: VAE, ControlNet, UNet."""
-    terms = {"sds": training.terms["sds"]}
-    return train.output_gradients(terms, {"image": images}, batch)[0]["image"]
+    return train.output_gradients(training.terms, {"sds": 1.0}, {"image": images}, batch)[0][
+        "image"
+    ]
 
 
-def hsc(training: train.Training, images: Tensor, batch: train.Batch) -> None:
+def hsc(training: train.Training, images: Tensor, batch: methods.Batch) -> None:
     """Take the gradient of HSC at the images: the ViT, for source and adapted ones."""
-    train.output_gradients({"hsc": training.terms["hsc"]}, {"image": images}, batch)
+    train.output_gradients(training.terms, {"hsc": 1.0}, {"image": images}, batch)
 
 
 def step(cfg: train.Config, training: train.Training, numbers: Iterator[int]) -> dict[str, float]:

@@ -19,39 +19,36 @@ import shlex
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, reduce
 from math import isfinite
+from operator import or_
 from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ranks
-from losses import (
-    clip_direction_loss,
-    coarse_to_fine,
-    dsds_loss,
-    edit_mask,
-    fusion_sds_loss,
-    hsc_loss,
-    keep_loss,
-    perceptual_loss,
-    relative_distance_loss,
-    score_direction_loss,
-    score_reconstruction_loss,
-    sds_loss,
-    structure_loss,
-    target_loss,
+from methods import (
+    DIFFUSION_TERMS,
+    EDITS,
+    HSC_GRIDS,
+    LEARNS,
+    LEARNS_EDIT,
+    METHODS,
+    TERMS,
+    VIT_TERMS,
+    Batch,
+    Outputs,
+    Term,
+    objective,
 )
 from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
-from models.diffusion import Condition, DiffusionPrior, depth_condition
+from models.diffusion import DiffusionPrior
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 from render import image_grid, portraits, read_picture, save_image, to_image
@@ -72,33 +69,6 @@ from runs import (
     trim_log,
 )
 
-# Weights that a row does not name are 0.
-METHODS = {
-    # Depth-aware SDS with hierarchical spatial consistency.
-    "gca3d": {"depth_scale": 1.0, "mask": True, "sds_weight": 1.0, "hsc_weight": 1.0},
-    # Plain score distillation, what GCA-3D is compared with.
-    "sds": {"sds_weight": 1.0},
-    # StyleGAN-Fusion (arXiv:2212.04473) as its code adapts EG3D's faces, whose weights are of
-    # gradients summed over 64 x 64 latent cells: LPIPS * 2000 / 100.
-    "stylegan-fusion": {
-        "fusion_weight": 1.0,
-        "score_direction_weight": 0.5,
-        "perceptual_weight": 20 / 64**2,
-    },
-    # DiffusionGAN3D (arXiv:2312.16837); its weights are not public.
-    "diffusiongan3d": {"sds_weight": 1.0, "distance_weight": 1.0},
-    # StyleGAN-NADA (arXiv:2108.00946), the baseline of all these papers.
-    "nada": {"clip_direction_weight": 1.0},
-    # 3D-Adapter (arXiv:2410.08824); its weights are not public: those of DoRM, by its authors.
-    "3d-adapter": {
-        "clip_direction_weight": 0.5,
-        "target_weight": 1.0,
-        "structure_weight": 10.0,
-        "feature_structure_weight": 10.0,
-    },
-}
-# What --edit changes of a method; others have no local edits.
-EDITS = {"diffusiongan3d": {"keep_weight": 20.0}}
 STABLE_DIFFUSION = {
     "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "adapters": ("lllyasviel/control_v11f1p_sd15_depth", "h94/IP-Adapter"),
@@ -136,18 +106,7 @@ BASES = {
 # EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
 EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
 # (base, method): what suits neither row alone.
-TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"hsc_weight": 0.05}}
-
-# Names of the parameters that learn, per method; of several patterns each has an equal part of the
-# run. Where biases, const and noise strengths learn, they let every head drift alike
-# (StyleGAN-Fusion, arXiv:2212.04473, freezes them).
-LEARNS = {
-    **dict.fromkeys(METHODS, (r"(backbone\.synthesis|superresolution)\..*\.weight",)),
-    "diffusiongan3d": (r"backbone\.synthesis\.(?!.*\.torgb\.).*",),
-    "nada": (r"backbone\.synthesis\..*",),
-    "3d-adapter": (r"decoder\..*", r"superresolution\..*\.(weight|bias)"),
-}
-LEARNS_EDIT = {"diffusiongan3d": (r"backbone\.synthesis\..*",)}
+TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"weights": {"hsc": 0.05}}}
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
@@ -167,13 +126,6 @@ AT_MOST = {
 }
 LARGEST_WEIGHT = 1e4
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
-CLIP_LAYER = 3 / 12  # Whose tokens 3D-Adapter compares: the third of ViT-B's twelve.
-FEATURE_CELLS = 16  # Per side, to which features are averaged before their pairs are compared.
-# Diffusion times that show where an edit belongs. Of hair that is to be green they find 65 % at 0.1
-# and at 0.3, half at 0.7.
-EDIT_LEVELS = (0.1, 0.3)
-REFERENCE_HEADS = 64  # Of the source, whose mean a picture's CLIP direction starts from.
 EMA_HALF_LIFE = 0.05  # Of the run: long enough to calm the result, short enough to follow it.
 GRID_SEEDS = list(range(8))
 
@@ -231,19 +183,9 @@ class Config:
     mask: bool | None = None  # Whether only the source's foreground is adapted.
     hsc_temperature: float = 0.1  # Softmax temperature of HSC (tau).
 
-    sds_weight: float | None = None  # Score distillation, depth-aware with depth and mask; 0: off.
-    hsc_weight: float | None = None  # Hierarchical spatial consistency (lambda); 0: off.
-    fusion_weight: float | None = None  # StyleGAN-Fusion's score distillation; 0: off.
-    score_direction_weight: float | None = None  # Its directional regulariser; 0: off.
-    score_reconstruction_weight: float | None = None  # Its reconstruction regulariser; 0: off.
-    perceptual_weight: float | None = None  # Its LPIPS-type distance to the source; 0: off.
-    distance_weight: float | None = None  # DiffusionGAN3D's relative distance loss; 0: off.
-    keep_weight: float | None = None  # Its reconstruction outside the region of an edit; 0: off.
-    clip_direction_weight: float | None = None  # StyleGAN-NADA's CLIP direction; 0: off.
-    target_weight: float | None = None  # 3D-Adapter's target distribution, of --image; 0: off.
-    structure_weight: float | None = None  # Its structure of images; 0: off.
-    feature_structure_weight: float | None = None
-    """Its structure of features, before super-resolution; 0: off."""
+    weights: dict[str, float] | None = None
+    """Weights of the objective's terms, as in: --weights hsc 0.1 perceptual 0 (0: off). Terms not
+    named here have the preset's. --help ends with a list of the terms."""
 
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
@@ -259,34 +201,12 @@ class Config:
     """Compile UNet, ControlNet and VAE (torch.compile): a faster step after a slow first one."""
 
 
-# What a generator makes of a batch: `planes` and all that `synthesis` returns.
-Outputs = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a term may look at besides the adapted outputs; `b` heads of a step's B."""
-
-    source: Outputs  # The frozen generator's.
-    t: Tensor  # Diffusion times, [b].
-    noise: Tensor  # [b, 4, h, w].
-    noise_again: Tensor  # Another draw, likewise.
-    progress: float  # Of the run, in (0, 1].
-    first: int  # Where in the step's batch these heads begin.
-    all_planes: Callable[[], tuple[Tensor, Tensor]]
-    """Planes of all B heads, the copy's and the source's, without gradients."""
-
-
-# Weight, (outputs, batch) -> losses [b], each of one head.
-Term = tuple[float, Callable[[Outputs, Batch], Tensor]]
-
-
 @dataclass(frozen=True)
 class Training:
     """What the steps of a run work with and, from `G` on, what they change."""
 
     G_src: TriPlaneGenerator
-    prior: DiffusionPrior
+    prior: DiffusionPrior | None  # None: no term needs it.
     terms: dict[str, Term]
     clip: ClipFeatures
     target: Tensor  # What the log's scores compare with, [1, D].
@@ -327,8 +247,8 @@ def adapt(cfg: Config) -> None:
     # The frozen networks: the source, the prior, the ViT, CLIP for the log; the copy that learns.
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
-    prior = load_prior(cfg, device)
-    vit = load_vit(cfg, device) if cfg.hsc_weight or cfg.perceptual_weight else None
+    prior = load_prior(cfg, device) if DIFFUSION_TERMS & cfg.weights.keys() else None
+    vit = load_vit(cfg, device) if VIT_TERMS & cfg.weights.keys() else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
     reference = to_image(picture).to(device) if picture else None  # [1, 3, S, S]
     training = prepare(cfg, G_src, prior, vit, clip, reference)
@@ -383,7 +303,7 @@ def adapt(cfg: Config) -> None:
 def prepare(
     cfg: Config,
     G_src: TriPlaneGenerator,
-    prior: DiffusionPrior,
+    prior: DiffusionPrior | None,
     vit: TokenFeatures | None,
     clip: ClipFeatures,
     reference: Tensor | None,
@@ -449,7 +369,7 @@ def take_step(cfg: Config, step: int, training: Training) -> dict[str, float]:
         # Sum the terms' gradients at the outputs, then go back through the generator once.
         draws = (t[rows], noise[rows], noise_again[rows])
         batch = Batch(source, *draws, step / cfg.steps, rows.start, all_planes)
-        gradients, scores = output_gradients(training.terms, adapted, batch)
+        gradients, scores = output_gradients(training.terms, cfg.weights, adapted, batch)
         # What hangs on nothing that learns now has no way back.
         reached = [name for name in gradients if adapted[name].requires_grad]
         torch.autograd.backward(
@@ -500,27 +420,36 @@ def resolve(cfg: Config) -> Config:
         file, scale = (*cfg.lora, 1.0)[:2]
         given["lora"] = (portable(file), scale)
     words = re.findall(r"\w+", cfg.prompt or (cfg.image.stem if cfg.image else ""))
-    computed = {name: 0.0 for name in vars(cfg) if name.endswith("_weight")} | {
+    computed = {
         "depth_scale": 0.0,
         "mask": False,
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if cfg.prompt and cfg.image else 1.0,
     }
-    method = METHODS[cfg.method] | (EDITS.get(cfg.method, {}) if cfg.edit else {})
+    edited = EDITS.get(cfg.method, {}) if cfg.edit else {}
     tuned = TUNED.get((cfg.base, cfg.method), {})
-    return replace(cfg, **(computed | method | BASES[cfg.base] | tuned | given))
+    rows = METHODS[cfg.method], edited, BASES[cfg.base], tuned, given
+    weights = {name: x for row in rows for name, x in row.get("weights", {}).items()}
+    if cfg.image is None and "target" not in (cfg.weights or {}):
+        weights.pop("target", None)  # Words have no tokens to compare with.
+    settled = reduce(or_, rows, computed) | {
+        "weights": {n: x for n, x in weights.items() if x or n not in TERMS}
+    }
+    return replace(cfg, **settled)
 
 
 def describe_presets() -> str:
-    """Return what --base and --method set, one line each, for --help."""
+    """Return the terms of --weights and what --base and --method set, a line each, for --help."""
     presets = {"base": BASES, "method": METHODS}
     rows = {f"--{kind} {name}": row for kind in presets for name, row in presets[kind].items()}
     rows |= {f"--method {method} --edit": row for method, row in EDITS.items()}
     rows |= {f"--base {base} --method {method}": row for (base, method), row in TUNED.items()}
-    return "\n".join(
-        f"{flags}: " + ", ".join(f"{option} {value}" for option, value in row.items())
-        for flags, row in rows.items()
-    )
+    lines = [f"--weights {name}: {meaning}" for name, meaning in TERMS.items()]
+    for flags, row in rows.items():
+        weights = (f"weights {name} {x:.3g}" for name, x in row.get("weights", {}).items())
+        others = (f"{option} {value}" for option, value in row.items() if option != "weights")
+        lines.append(f"{flags}: " + ", ".join((*weights, *others)))
+    return "\n".join(lines)
 
 
 def check_options(cfg: Config) -> None:
@@ -535,8 +464,7 @@ def check_options(cfg: Config) -> None:
         raise ValueError(f"--edit needs --method {' or '.join(EDITS)}, got {cfg.method}")
     if cfg.edit not in (None, cfg.prompt):
         raise ValueError(f"--edit stands for a prompt, so no --prompt with it, got {cfg.prompt!r}")
-    if cfg.keep_weight and cfg.prompt is None:
-        raise ValueError("--keep-weight needs words that tell the region: --edit or --prompt")
+    check_weights(cfg)
     if cfg.generator is None:
         raise ValueError(
             f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
@@ -553,19 +481,34 @@ def check_options(cfg: Config) -> None:
             raise ValueError(f"{flag} must be at least {AT_LEAST[name]}, got {value}")
         if name in AT_MOST and value is not None and value > AT_MOST[name]:
             raise ValueError(f"{flag} must be at most {AT_MOST[name]:g}, got {value}")
-        if name.endswith("_weight") and not 0 <= value <= LARGEST_WEIGHT:
-            raise ValueError(f"{flag} must be 0 to {LARGEST_WEIGHT:g}, got {value}")
         if name in POSITIVE and value is not None and value <= 0:
             raise ValueError(f"{flag} must be above 0, got {value}")
-    if not any(value for name, value in vars(cfg).items() if name.endswith("_weight")):
-        raise ValueError("nothing to learn: every --...-weight is 0")
-    if cfg.distance_weight and cfg.batch < 2:
-        raise ValueError(f"--distance-weight needs a --batch of at least 2, got {cfg.batch}")
     if cfg.batch % ranks.count():
         raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
         raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
     check_folder(cfg.out)
+
+
+def check_weights(cfg: Config) -> None:
+    """Refuse weights, settled or not, that no objective can have.
+
+    Raises:
+        ValueError: naming the term, the rule and the value.
+    """
+    for name, weight in cfg.weights.items():
+        if name not in TERMS:
+            raise ValueError(f"--weights must name {', '.join(TERMS)}, got {name!r}")
+        if not 0 <= weight <= LARGEST_WEIGHT:
+            raise ValueError(f"--weights {name} must be 0 to {LARGEST_WEIGHT:g}, got {weight}")
+    if not cfg.weights:
+        raise ValueError("nothing to learn: all --weights are 0")
+    if "keep" in cfg.weights and cfg.prompt is None:
+        raise ValueError("--weights keep needs words that tell the region: --edit or --prompt")
+    if "target" in cfg.weights and cfg.image is None:
+        raise ValueError("--weights target needs the picture of --image")
+    if "distance" in cfg.weights and cfg.batch < 2:
+        raise ValueError(f"--weights distance needs a --batch of at least 2, got {cfg.batch}")
 
 
 def read_reference(cfg: Config) -> Image.Image | None:
@@ -588,15 +531,15 @@ def describe_run(cfg: Config, picture: Image.Image | None) -> dict:
 
 def fingerprints(
     G_src: TriPlaneGenerator,
-    prior: DiffusionPrior,
+    prior: DiffusionPrior | None,
     vit: TokenFeatures | None,
     clip: ClipFeatures,
 ) -> dict[str, str]:
     """Return checksums of what a run hangs on, for a resume to be refused with anything else."""
-    parts = [prior.vae, prior.unet, prior.text_encoder, prior.controlnet, prior.image_encoder]
+    parts = "vae", "unet", "text_encoder", "controlnet", "image_encoder"
     return {
         "generator_weights": fingerprint_generator(G_src),
-        "diffusion_weights": fingerprint(parts),
+        "diffusion_weights": fingerprint([getattr(prior, part, None) for part in parts]),
         "features_weights": fingerprint([vit and vit.model]),
         "clip_weights": fingerprint([clip.model]),
     }
@@ -660,183 +603,18 @@ def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
     """
     vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
     finest = max(cells or 1 for cells in HSC_GRIDS)
-    if cfg.hsc_weight and vit.grid < finest:
+    if "hsc" in cfg.weights and vit.grid < finest:
         raise ValueError(
             f"--features {cfg.features} gives {vit.grid} x {vit.grid} tokens, "
-            f"and --hsc-weight needs at least {finest} x {finest}"
+            f"and --weights hsc needs at least {finest} x {finest}"
         )
     return vit
 
 
-def objective(
-    cfg: Config,
-    G_src: TriPlaneGenerator,
-    prior: DiffusionPrior,
-    vit: TokenFeatures | None,
-    clip: ClipFeatures,
-    reference: Tensor | None,
-) -> dict[str, Term]:
-    """Return the terms of all methods with their weights, under the names they are logged by."""
-    condition = prior.condition(cfg.prompt or "", reference, cfg.image_scale, cfg.depth_scale)
-    return (
-        gca3d_terms(cfg, prior, condition, vit)
-        | fusion_terms(cfg, prior, condition, vit)
-        | diffusiongan3d_terms(cfg, prior)
-        | clip_terms(cfg, G_src, clip, reference)
-    )
-
-
-def gca3d_terms(
-    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
-) -> dict[str, Term]:
-    """Return L = L_DSDS + lambda L_HSC."""
-    # Without depth, mask or both, L_DSDS is plain SDS with what is left of them.
-    distillation = dsds_loss if cfg.depth_scale and cfg.mask else sds_loss
-
-    def sds(adapted: Outputs, batch: Batch) -> Tensor:
-        latents = encode(prior, adapted["image"])
-        depth, mask = batch.source["image_depth"], batch.source["mask"]  # [b, 1, n, n]
-        depth = depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None
-        mask = mask if cfg.mask else None
-        return distillation(
-            prior, latents, condition, batch.t, batch.noise, cfg.guidance, depth, mask
-        )
-
-    def hsc(adapted: Outputs, batch: Batch) -> Tensor:
-        tokens, tokens_src = vit.tokens(adapted["image"]), vit.tokens(batch.source["image"])
-        level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
-        mask = batch.source["mask"] if cfg.mask else None
-        return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature, mask)
-
-    return {"sds": (cfg.sds_weight / cells(prior), sds), "hsc": (cfg.hsc_weight, hsc)}
-
-
-def fusion_terms(
-    cfg: Config, prior: DiffusionPrior, condition: Condition, vit: TokenFeatures | None
-) -> dict[str, Term]:
-    """Return StyleGAN-Fusion's SDS, its two regularisers and its perceptual term."""
-    quarters = [round(vit.depth * part / 4) for part in range(1, 5)] if vit else []
-
-    def images(adapted: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-        return tuple(out["image"].clamp(-1, 1) for out in (adapted, batch.source))
-
-    def fusion(adapted: Outputs, batch: Batch) -> Tensor:
-        latents = encode(prior, adapted["image"].clamp(-1, 1))
-        return fusion_sds_loss(prior, latents, condition, batch.t, batch.noise, cfg.guidance)
-
-    def regulariser(loss: Callable[..., Tensor], adapted: Outputs, batch: Batch) -> Tensor:
-        latents = (encode(prior, x) for x in images(adapted, batch))  # Adapted, source.
-        return loss(prior, *latents, condition, batch.t, batch.noise_again, cfg.guidance)
-
-    def perceptual(adapted: Outputs, batch: Batch) -> Tensor:
-        return perceptual_loss(*(vit.layers(x, quarters) for x in images(adapted, batch)))
-
-    direction, reconstruction = (
-        partial(regulariser, loss) for loss in (score_direction_loss, score_reconstruction_loss)
-    )
-    return {
-        "fusion": (cfg.fusion_weight / cells(prior), fusion),
-        "score_direction": (cfg.score_direction_weight / cells(prior), direction),
-        "score_reconstruction": (cfg.score_reconstruction_weight / cells(prior), reconstruction),
-        "perceptual": (cfg.perceptual_weight, perceptual),
-    }
-
-
-def diffusiongan3d_terms(cfg: Config, prior: DiffusionPrior) -> dict[str, Term]:
-    """Return DiffusionGAN3D's relative distance and, for local edits, its reconstruction."""
-    # What the prompt says beside what is there.
-    edit = Condition(prior.encode_text([cfg.source_prompt, cfg.prompt or ""]))
-
-    def distance(adapted: Outputs, batch: Batch) -> Tensor:
-        planes, planes_src = adapted["planes"], batch.source["planes"]  # [b, 3, C, P, P]
-        return relative_distance_loss(planes, planes_src, *batch.all_planes(), batch.first)
-
-    def keep(adapted: Outputs, batch: Batch) -> Tensor:
-        latents_src = encode(prior, batch.source["image"])
-        mask = edit_mask(prior, latents_src, edit, batch.noise, EDIT_LEVELS)  # [b, 1, h, w]
-        return keep_loss(adapted["image"], batch.source["image"], mask)
-
-    return {"distance": (cfg.distance_weight, distance), "keep": (cfg.keep_weight, keep)}
-
-
-def clip_terms(
-    cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures, reference: Tensor | None
-) -> dict[str, Term]:
-    """Return StyleGAN-NADA's CLIP direction and 3D-Adapter's other terms."""
-    if cfg.clip_direction_weight:
-        way = clip_direction(cfg, G_src, clip, reference)  # [1, D]
-    layer = max(1, round(CLIP_LAYER * clip.depth))
-    if cfg.target_weight and reference is not None:
-        reference_tokens = clip.tokens(reference, layer)  # [1, g, g, D]
-
-    def direction(adapted: Outputs, batch: Batch) -> Tensor:
-        embeds, embeds_src = clip.images(adapted["image"]), clip.images(batch.source["image"])
-        return clip_direction_loss(embeds, embeds_src, way)
-
-    def target(adapted: Outputs, batch: Batch) -> Tensor:
-        return target_loss(clip.tokens(adapted["image"], layer), reference_tokens)
-
-    def structure(adapted: Outputs, batch: Batch) -> Tensor:
-        outputs = (adapted, batch.source)
-        return structure_loss(*(clip.tokens(out["image"], layer) for out in outputs))
-
-    def feature_structure(adapted: Outputs, batch: Batch) -> Tensor:
-        outputs = (adapted, batch.source)
-        pooled = [F.adaptive_avg_pool2d(out["features"], FEATURE_CELLS) for out in outputs]
-        return structure_loss(*(features.movedim(1, -1) for features in pooled))
-
-    return {
-        "clip_direction": (cfg.clip_direction_weight, direction),
-        # Words have no tokens to compare with.
-        "target": (cfg.target_weight if reference is not None else 0.0, target),
-        "structure": (cfg.structure_weight, structure),
-        "feature_structure": (cfg.feature_structure_weight, feature_structure),
-    }
-
-
-def encode(prior: DiffusionPrior, images: Tensor) -> Tensor:
-    """Return the latents of images of any size, [B, 4, h, w]."""
-    return prior.encode_images(resize(images, prior.image_size))
-
-
-def cells(prior: DiffusionPrior) -> int:
-    """Return h * w of the latents, by which weights are divided to mean the same at every size."""
-    return (prior.image_size // prior.vae_scale_factor) ** 2
-
-
-@torch.no_grad()
-def clip_direction(
-    cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures, reference: Tensor | None
-) -> Tensor:
-    """Return the direction from the source domain to the target in CLIP's space, [1, D].
-
-    Of words, from the source's prompt to the target's; of a picture, from the mean of source heads;
-    of both, half-way between the two.
-    """
-    directions = []
-    if cfg.prompt:
-        directions.append(clip.text([cfg.prompt]) - clip.text([cfg.source_prompt]))
-    if reference is not None:
-        directions.append(clip.images(reference) - mean_embedding(cfg, G_src, clip))
-    return F.normalize(sum(F.normalize(d, dim=1) for d in directions), dim=1)
-
-
-def mean_embedding(cfg: Config, G_src: TriPlaneGenerator, clip: ClipFeatures) -> Tensor:
-    """Return the mean of CLIP's embeddings of the source's heads, [1, D]."""
-    device, embeds = clip.model.device, []
-    torch.manual_seed(step_seed(cfg.seed, 0))
-    z, c = torch.randn(REFERENCE_HEADS, G_src.z_dim), G_src.cameras.sample(REFERENCE_HEADS)
-    frontal = G_src.cameras.frontal().to(device)
-    for one, camera in zip(z.to(device).split(1), c.to(device).split(1), strict=True):
-        ws = G_src.mapping(one, frontal, cfg.trunc)
-        embeds.append(clip.images(G_src.synthesis(ws, camera)["image"]))
-    return torch.cat(embeds).mean(0, keepdim=True)
-
-
 def output_gradients(
-    terms: dict[str, Term], outputs: Outputs, batch: Batch
+    terms: dict[str, Term], weights: dict[str, float], outputs: Outputs, batch: Batch
 ) -> tuple[Outputs, dict[str, float]]:
-    """Sum the gradients of all terms at the outputs; terms of weight 0 are not computed.
+    """Sum the weighted gradients of terms at the outputs; those without a weight are left out.
 
     Each term's graph is freed before the next is built, and none reaches into the generator.
 
@@ -847,10 +625,8 @@ def output_gradients(
     leaves = {name: output.detach().requires_grad_() for name, output in outputs.items()}
     totals: Outputs = {}
     row: dict[str, float] = {}
-    for name, (weight, loss) in terms.items():
-        if weight == 0:
-            continue
-        losses = loss(leaves, batch)  # [b]
+    for name, weight in weights.items():
+        losses = terms[name](leaves, batch)  # [b]
         found = torch.autograd.grad(losses.sum(), leaves.values(), allow_unused=True)
         gradients = {k: weight * g for k, g in zip(leaves, found, strict=True) if g is not None}
         for output, gradient in gradients.items():
@@ -861,16 +637,20 @@ def output_gradients(
     return totals, row
 
 
-def draw_times(cfg: Config, step: int, prior: DiffusionPrior) -> Tensor:
+def draw_times(cfg: Config, step: int, prior: DiffusionPrior | None) -> Tensor:
     """Draw diffusion times [B], uniform over what `t_range` allows at this step."""
+    if prior is None:
+        return torch.empty(cfg.batch, 0)
     low, high, final = cfg.t_range[0], cfg.t_range[1], cfg.t_range[-1]
     high += (final - high) * step / cfg.steps
     last = len(prior.alphas_cumprod) - 1
     return torch.randint(int(low * last), int(high * last) + 1, (cfg.batch,))
 
 
-def draw_noise(cfg: Config, prior: DiffusionPrior) -> Tensor:
+def draw_noise(cfg: Config, prior: DiffusionPrior | None) -> Tensor:
     """Draw noise for the latents of a batch, [B, 4, h, w]."""
+    if prior is None:
+        return torch.empty(cfg.batch, 0)
     side = prior.image_size // prior.vae_scale_factor
     return torch.randn(cfg.batch, prior.unet.config.in_channels, side, side)
 
@@ -878,13 +658,6 @@ def draw_noise(cfg: Config, prior: DiffusionPrior) -> Tensor:
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     """Return the seed of a step's random draws; its streams are independent."""
     return (2 * (seed * 1_000_003 + step) + stream) % 2**63
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize images to a square of this size, unless they have it."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def learning_weights(G: TriPlaneGenerator, pattern: str) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from tiny_prior import build_taesd
 from tiny_run import hurry, options, run, world
 
 import bench
+import methods
 import train
 from models.diffusion import Condition
 
@@ -87,7 +88,7 @@ def test_networks_of_full_size_cost_what_stable_diffusion_does():
         latents, text = torch.empty(2, 4, 64, 64), torch.empty(2, 77, 768)
         times = torch.ones(2, dtype=torch.int64)
         full.controlnet_inputs = (latents, times, text, torch.empty(2, 3, 512, 512))
-        full.batch = train.Batch({}, times[:1], latents[:1], latents[:1], 0.5, 0, None)
+        full.batch = methods.Batch({}, times[:1], latents[:1], latents[:1], 0.5, 0, None)
         full.condition = Condition(text)
         full.images = torch.empty(1, 3, 512, 512, requires_grad=True)
     measured = {

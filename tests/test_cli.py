@@ -17,6 +17,7 @@ from tiny_run import arguments, build_generator, hurry, run, world
 
 import convert
 import eval as evaluation
+import methods
 import render
 import train
 from models.checkpoint import save_generator
@@ -64,7 +65,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 47
+    assert len(flags) <= 36
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -108,15 +109,18 @@ def test_help_lists_every_preset(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_cli(train.Config, train.main, f"{train.__doc__}\n{train.describe_presets()}")
     text = " ".join(capsys.readouterr().out.split())
-    presets = (train.METHODS, train.EDITS, train.BASES, train.TUNED)
+    presets = (methods.METHODS, methods.EDITS, train.BASES, train.TUNED)
     for preset in (row for rows in presets for row in rows.values()):
-        assert all(f"{option} {value}" in text for option, value in preset.items())
+        weights = {f"weights {name}": f"{x:.3g}" for name, x in preset.get("weights", {}).items()}
+        others = {option: value for option, value in preset.items() if option != "weights"}
+        assert all(f"{option} {value}" in text for option, value in (weights | others).items())
+    assert all(f"--weights {name}: {meaning}" in text for name, meaning in methods.TERMS.items())
 
 
 @pytest.mark.parametrize("field", ["base", "method"])
 def test_choices_are_the_presets(field):
     choices = train.Config.__annotations__[field].__args__
-    assert set(choices) == set({"base": train.BASES, "method": train.METHODS}[field])
+    assert set(choices) == set({"base": train.BASES, "method": methods.METHODS}[field])
 
 
 def test_the_commands_a_run_prints_work(tmp_path, call):
@@ -211,16 +215,19 @@ BAD = {
     "strange cameras": (strange_cameras, "foo"),
     "a batch of one for distances": (
         lambda _: {"method": "diffusiongan3d", "batch": 1},
-        "--distance-weight needs a --batch of at least 2, got 1",
+        "--weights distance needs a --batch of at least 2, got 1",
     ),
-    "no weight": (lambda _: {"method": "nada", "clip_direction_weight": 0}, "nothing to learn"),
+    "no weight": (
+        lambda _: {"method": "nada", "weights": {"clip_direction": 0}},
+        "nothing to learn",
+    ),
     "edit beside a prompt": (
         lambda _: {"method": "diffusiongan3d", "edit": "a robot"},
         "--edit stands for a prompt",
     ),
     "picture to keep outside of": (
-        lambda _: {"prompt": None, "image": "x.png", "keep_weight": 1},
-        "--keep-weight needs words",
+        lambda _: {"prompt": None, "image": "x.png", "weights": {"keep": 1}},
+        "--weights keep needs words",
     ),
     **{
         f"{name} {value}": (lambda _, name=name, value=value: {name: value}, f"--{flag}")
@@ -234,8 +241,10 @@ BAD = {
             ("lr", 0, "lr"),
             ("lr", "nan", "lr"),
             ("guidance", "inf", "guidance"),
-            ("hsc_weight", -1, "hsc-weight"),
-            ("distance_weight", -1, "distance-weight"),
+            ("weights", {"hsc": -1}, "weights hsc"),
+            ("weights", {"distance": "nan"}, "weights distance"),
+            ("weights", {"hcs": 0}, "weights must name sds, hsc"),
+            ("weights", {"target": 1}, "weights target needs the picture"),
             ("edit", "a robot", "edit needs --method diffusiongan3d, got gca3d"),
             ("hsc_temperature", 0, "hsc-temperature"),
             ("trunc", "nan", "trunc"),
@@ -294,8 +303,8 @@ def test_base_without_a_generator_asks_for_one(tmp_path, call):
     ("name", "value"),
     [
         *(("steps", 9), ("seed", 1), ("prompt", "a robot"), ("image", "x.png"), ("method", "sds")),
-        *(("method", "nada"), ("distance_weight", 1), ("mapping_camera", "render")),
-        *(("source_prompt", "a robot"), ("keep_weight", 1)),
+        *(("method", "nada"), ("weights", {"hsc": 2}), ("mapping_camera", "render")),
+        *(("source_prompt", "a robot"), ("weights", {"keep": 1})),
     ],
 )
 def test_run_with_other_settings_is_refused_by_name(tmp_path, call, name, value):
@@ -409,8 +418,10 @@ def test_bug_inside_the_loop_is_no_bad_option(tmp_path, call, monkeypatch):
 
 
 def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
-    infinite = {"sds": (1.0, lambda out, _: (out["image"] * float("inf")).flatten(1).sum(1))}
-    monkeypatch.setattr(train, "objective", lambda *_: infinite)
+    def infinite(adapted, batch):
+        return (adapted["image"] * float("inf")).flatten(1).sum(1)
+
+    monkeypatch.setattr(train, "objective", lambda *_: {"sds": infinite, "hsc": infinite})
     code, _, err = call(train, arguments(tmp_path / "run", steps=1))
     assert code == 1
     assert "step 1" in err.splitlines()[-1]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
+import methods
 import train
 from losses import hsc_loss, sds_loss
 from models.checkpoint import load_checkpoint, load_generator
@@ -42,11 +43,12 @@ def unbroken(short_runs, tmp_path_factory):
 @pytest.fixture
 def cheap(monkeypatch):
     """Replace the objective by one without networks: grey images."""
+    world()  # Whose files are not those of a run.
 
     def grey(adapted, batch):
         return adapted["image"].square().flatten(1).sum(1)
 
-    monkeypatch.setattr(train, "objective", lambda *_: {"sds": (1.0, grey)})
+    monkeypatch.setattr(train, "objective", lambda *_: {"sds": grey, "hsc": grey})
 
 
 # Resuming.
@@ -252,30 +254,30 @@ def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
 def test_depth_and_mask_together_make_dsds(monkeypatch, tmp_path, changes, called):
     names = set()
     for name in ("dsds_loss", "sds_loss"):
-        loss = getattr(train, name)
+        loss = getattr(methods, name)
         spy = partial(lambda name, loss, *args: names.add(name) or loss(*args), name, loss)
-        monkeypatch.setattr(train, name, spy)
+        monkeypatch.setattr(methods, name, spy)
     run(tmp_path, steps=1, **changes)
     assert names == called
 
 
 def test_depth_condition_shows_a_foreground(monkeypatch, tmp_path):
     conditions = []
-    condition = train.depth_condition
+    condition = methods.depth_condition
 
     def spy(depth, mask, size):
         assert (mask > 0.5).any() and (mask < 0.5).any()
         conditions.append(condition(depth, mask, size))
         return conditions[-1]
 
-    monkeypatch.setattr(train, "depth_condition", spy)
+    monkeypatch.setattr(methods, "depth_condition", spy)
     run(tmp_path, steps=2)
     assert len(conditions) == 2
     assert all(shown.amax((1, 2, 3)).min() > 0.5 for shown in conditions)
 
 
 def trained(monkeypatch, tmp_path, **changes):
-    """Run, and return the source generator, the one that learned, and the frozen prior."""
+    """Run, and return the source generator, the one that learned, and the frozen prior if any."""
     made = {}
     learn, load, load_prior = train.learning_weights, train.load_generator, train.load_prior
 
@@ -291,7 +293,7 @@ def trained(monkeypatch, tmp_path, **changes):
     monkeypatch.setattr(train, "load_generator", spy("G_src", load))
     monkeypatch.setattr(train, "load_prior", spy("prior", load_prior))
     run(tmp_path / "run", **changes)
-    return made["G_src"], made["G"], made["prior"]
+    return made["G_src"], made["G"], made.get("prior")
 
 
 def test_gradient_reaches_the_learning_weights_only(monkeypatch, tmp_path):
@@ -309,7 +311,7 @@ def test_gradient_reaches_the_learning_weights_only(monkeypatch, tmp_path):
 
 
 EDIT = {"method": "diffusiongan3d", "edit": "a bronze statue", "prompt": None}
-METHODS = [*({"method": method} for method in train.METHODS), EDIT]
+METHODS = [*({"method": method} for method in methods.METHODS), EDIT]
 
 
 @pytest.mark.parametrize("changes", METHODS, ids=str)
@@ -385,12 +387,12 @@ def test_mapping_sees_the_camera_asked_for(monkeypatch, tmp_path, seen):
 def test_gradients_are_weighted_sums_and_stop_at_the_outputs():
     images, planes = torch.rand(2, 3, 4, 4, requires_grad=True), torch.rand(2, 9)
     terms = {
-        "a": (0.5, lambda x, _: x["image"].square().flatten(1).sum(1)),
-        "b": (2.0, lambda x, _: x["image"].flatten(1).sum(1) + x["planes"].sum(1)),
-        "off": (0.0, None),  # Not even called.
+        "a": lambda x, _: x["image"].square().flatten(1).sum(1),
+        "b": lambda x, _: x["image"].flatten(1).sum(1) + x["planes"].sum(1),
+        "off": None,  # Not even called.
     }
     outputs = {"image": images, "planes": planes, "mask": planes}
-    gradients, row = train.output_gradients(terms, outputs, None)
+    gradients, row = train.output_gradients(terms, {"a": 0.5, "b": 2.0}, outputs, None)
     assert list(gradients) == ["image", "planes"]
     torch.testing.assert_close(gradients["image"], images.detach() + 2)
     torch.testing.assert_close(gradients["planes"], torch.full((2, 9), 2.0))
@@ -401,7 +403,7 @@ def test_gradients_are_weighted_sums_and_stop_at_the_outputs():
 
 
 def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
-    run(tmp_path, steps=4, save_every=1, hsc_weight=0.3, guidance=3.0, lr=1e-3)
+    run(tmp_path, steps=4, save_every=1, weights={"hsc": 0.3}, guidance=3.0, lr=1e-3)
     before, after = (
         torch.load(tmp_path / f"ckpt-00000{step}.pt", weights_only=True) for step in (3, 4)
     )
@@ -425,7 +427,7 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
     mask = source["mask"].detach()
     condition = prior.condition("a bronze statue", None, 1.0, 1.0)
     depth = depth_condition(source["image_depth"], mask, prior.image_size)
-    latents = prior.encode_images(train.resize(images, prior.image_size))
+    latents = prior.encode_images(methods.resize(images, prior.image_size))
     sds = sds_loss(prior, latents, condition, t, noise, 3.0, depth, mask).sum() / side**2
     tokens = vit.tokens(images), vit.tokens(source["image"])
     fine_last = (1 / 6, 2 / 6, 3 / 6)
@@ -489,31 +491,37 @@ def test_edit_is_the_prompt_and_brings_its_presets():
     options = {"method": "diffusiongan3d", "edit": "a person with green hair"}
     cfg = train.resolve(train.Config(**options))
     assert (cfg.prompt, cfg.out) == (cfg.edit, Path("runs/a-person-with-green-hair"))
-    assert cfg.keep_weight == train.EDITS["diffusiongan3d"]["keep_weight"]
-    assert train.resolve(train.Config(**options, keep_weight=2.0)).keep_weight == 2
-    assert train.resolve(train.Config(prompt="x", method="diffusiongan3d")).keep_weight == 0
+    method, edit = (rows["diffusiongan3d"]["weights"] for rows in (methods.METHODS, methods.EDITS))
+    assert cfg.weights == method | edit
+    changed = train.resolve(train.Config(**options, weights={"keep": 2.0, "distance": 0.0}))
+    assert changed.weights == {"sds": method["sds"], "keep": 2}
+    whole = train.Config(prompt="x", method="diffusiongan3d")
+    assert train.resolve(whole).weights == method
 
 
 def test_user_wins_over_pair_over_base_over_method(monkeypatch):
-    monkeypatch.setitem(train.METHODS, "gca3d", {**train.METHODS["gca3d"], "lr": 1, "batch": 1})
-    monkeypatch.setitem(train.METHODS["gca3d"], "steps", 1)
-    monkeypatch.setitem(train.METHODS["gca3d"], "hsc_weight", 1)
+    monkeypatch.setitem(methods.METHODS, "gca3d", {**methods.METHODS["gca3d"], "lr": 1, "batch": 1})
+    monkeypatch.setitem(methods.METHODS["gca3d"], "steps", 1)
+    monkeypatch.setitem(methods.METHODS["gca3d"], "weights", {"hsc": 1, "sds": 1, "keep": 1})
     monkeypatch.setattr(train, "BASES", {"puppets": {"lr": 2, "batch": 2, "steps": 2}})
-    monkeypatch.setattr(train, "TUNED", {("puppets", "gca3d"): {"lr": 3, "batch": 3}})
-    cfg = train.resolve(train.Config(prompt="x", lr=4))
-    assert (cfg.lr, cfg.batch, cfg.steps, cfg.hsc_weight) == (4, 3, 2, 1)
+    tuned = {"lr": 3, "batch": 3, "weights": {"sds": 3, "keep": 3}}
+    monkeypatch.setattr(train, "TUNED", {("puppets", "gca3d"): tuned})
+    cfg = train.resolve(train.Config(prompt="x", lr=4, weights={"keep": 4}))
+    assert (cfg.lr, cfg.batch, cfg.steps) == (4, 3, 2)
+    assert cfg.weights == {"hsc": 1, "sds": 3, "keep": 4}
 
 
 def test_presets_settle_every_option_and_no_base_undoes_a_method():
     for base, base_preset in train.BASES.items():
-        for method, preset in train.METHODS.items():
+        for method, preset in methods.METHODS.items():
             assert not base_preset.keys() & preset.keys()
+            assert preset["weights"].keys() <= methods.TERMS.keys()
             cfg = train.resolve(train.Config(prompt="x", base=base, method=method))
             open_options = {name for name, value in vars(cfg).items() if value is None}
             optional = {"image", "edit", "adapters", "lora", "vae", "generator"}
             optional |= {"device", "micro_batch", "precision"}
             assert open_options <= optional
-            assert method in train.LEARNS
+            assert method in methods.LEARNS
 
 
 def test_local_files_are_found_from_any_folder(monkeypatch, tmp_path):
@@ -565,7 +573,8 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
     result = run(tmp_path, method="sds")
     assert "hsc" not in result["log.jsonl"][0]
     settings = json.loads((tmp_path / "config.json").read_text())
-    assert (settings["depth_scale"], settings["mask"], settings["hsc_weight"]) == (0, False, 0)
+    assert (settings["depth_scale"], settings["mask"]) == (0, False)
+    assert settings["weights"] == {"sds": 1}
 
 
 @pytest.mark.parametrize(
@@ -581,7 +590,7 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
         {"prompt": "a bronze"},
         {"vae": "taesd"},
         {"lora": ("lora.safetensors",)},
-        {"sds_weight": 0.5},
+        {"weights": {"sds": 0.5}},
     ],
     ids=str,
 )
@@ -599,9 +608,9 @@ def test_option_reaches_the_gradient(tmp_path, one_step, change, monkeypatch):
         ({"method": "diffusiongan3d"}, ["sds", "distance"]),
         (EDIT, ["sds", "distance", "keep"]),
         ({"method": "nada"}, ["clip_direction"]),
-        ({"method": "nada", "hsc_weight": 1.0}, ["clip_direction", "hsc"]),
+        ({"method": "nada", "weights": {"hsc": 1.0}}, ["clip_direction", "hsc"]),
         ({"method": "3d-adapter"}, ["clip_direction", "structure", "feature_structure"]),
-        ({"score_reconstruction_weight": 1.0, "sds_weight": 0}, ["hsc", "score_reconstruction"]),
+        ({"weights": {"score_reconstruction": 1.0, "sds": 0.0}}, ["hsc", "score_reconstruction"]),
     ],
     ids=str,
 )
@@ -639,13 +648,13 @@ def test_clip_direction_leads_from_the_source_to_the_target(tmp_path, targets):
     cfg = train.resolve(
         train.Config(prompt=prompt, image=None if picture is None else Path("x"), method="nada")
     )
-    direction = train.clip_direction(cfg, G, clip, picture)
+    direction = methods.clip_direction(cfg, G, clip, picture)
     assert direction.norm().item() == pytest.approx(1)
     ways = []
     if prompt:
         ways.append(clip.text([prompt]) - clip.text([cfg.source_prompt]))
     if picture is not None:
-        ways.append(clip.images(picture) - train.mean_embedding(cfg, G, clip))
+        ways.append(clip.images(picture) - methods.mean_embedding(cfg, G, clip))
     cosines = [F.cosine_similarity(direction, way).item() for way in ways]
     assert min(cosines) > (0.999 if len(ways) == 1 else 0.1)
     assert cosines[0] == pytest.approx(cosines[-1], abs=1e-4)
@@ -654,10 +663,10 @@ def test_clip_direction_leads_from_the_source_to_the_target(tmp_path, targets):
 def test_mean_embedding_is_that_of_many_heads(monkeypatch):
     G, clip = build_generator(), ClipFeatures.from_pretrained(world() / "clip")
     cfg = train.resolve(train.Config(prompt="x"))
-    means = [train.mean_embedding(cfg, G, clip) for _ in range(2)]
+    means = [methods.mean_embedding(cfg, G, clip) for _ in range(2)]
     assert torch.equal(*means) and means[0].norm() < 1
-    monkeypatch.setattr(train, "REFERENCE_HEADS", 2)
-    assert not torch.equal(train.mean_embedding(cfg, G, clip), means[0])
+    monkeypatch.setattr(methods, "REFERENCE_HEADS", 2)
+    assert not torch.equal(methods.mean_embedding(cfg, G, clip), means[0])
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,10 @@ def arguments(out: Path, **changes: object) -> list[str]:
     argv = []
     for name, value in options(out, **changes).items():
         if value is not None:
-            argv += [f"--{name.replace('_', '-')}", str(value)]
+            words = (
+                [word for item in value.items() for word in item] if name == "weights" else [value]
+            )
+            argv += [f"--{name.replace('_', '-')}", *map(str, words)]
     return argv
 
 
