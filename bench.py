@@ -127,11 +127,13 @@ def main(cfg: Config) -> None:
     report = describe(cfg, device)
     torch.manual_seed(0)
     world = World(run, device, random=cfg.random is not None)
+    # All networks first: what cannot be loaded is refused before anything is measured.
+    calls = {name: world.call(PARTS[name]) for name in PARTS if name in (cfg.parts or PARTS)}
     yardsticks = [convolution(device), product(device)]
     for yardstick in yardsticks:
         yardstick()  # The first call is slower.
-    for name in tqdm([name for name in PARTS if name in (cfg.parts or PARTS)], unit="part"):
-        report["parts"][name] = measure(world.call(PARTS[name]), yardsticks, device, cfg.repeats)
+    for name, call in tqdm(calls.items(), unit="part"):
+        report["parts"][name] = measure(call, yardsticks, device, cfg.repeats)
         tqdm.write(f"{name}: {report['parts'][name]['seconds']:.3g} s")
         report["process_peak_gb"] = peak_gb(device)
         write(report, cfg)  # What is measured so far, should it be stopped.
@@ -164,6 +166,8 @@ def check_options(cfg: Config) -> None:
     given = ", ".join(f"--{name}" for name in NETWORKS if getattr(cfg, name) is not None)
     if cfg.random and given:
         raise ValueError(f"--random replaces all networks, so no {given} with it")
+    if cfg.json and cfg.out and cfg.json.absolute() == cfg.out.absolute():
+        raise ValueError(f"--json and --out must be two files, got {cfg.json} twice")
     for flag, path in (("--json", cfg.json), ("--out", cfg.out)):
         if path and (os.path.isdir(path) or not os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {path} is no file that can be written")

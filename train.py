@@ -247,6 +247,7 @@ def adapt(cfg: Config) -> None:
     # The frozen networks: the source, the prior, the ViT, CLIP for the log; the copy that learns.
     device = pick_device(cfg.device)
     G_src = load_generator(locate(cfg.generator), device)
+    check_noise(cfg, G_src)
     prior = load_prior(cfg, device) if DIFFUSION_TERMS & cfg.weights.keys() else None
     vit = load_vit(cfg, device) if VIT_TERMS & cfg.weights.keys() else None
     clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
@@ -509,6 +510,20 @@ def check_weights(cfg: Config) -> None:
         raise ValueError("--weights target needs the picture of --image")
     if "distance" in cfg.weights and cfg.batch < 2:
         raise ValueError(f"--weights distance needs a --batch of at least 2, got {cfg.batch}")
+
+
+def check_noise(cfg: Config, G_src: TriPlaneGenerator) -> None:
+    """Refuse to share out a batch among whose heads noise is drawn.
+
+    Raises:
+        ValueError: naming the setting of the generator.
+    """
+    drawn = G_src.rendering_kwargs.get("superresolution_noise_mode") == "random"
+    if drawn and (ranks.count() > 1 or cfg.micro_batch):
+        raise ValueError(
+            f"{cfg.generator} has superresolution_noise_mode random, which neither --micro-batch "
+            "nor several processes can share out"
+        )
 
 
 def read_reference(cfg: Config) -> Image.Image | None:

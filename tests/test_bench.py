@@ -2,6 +2,7 @@
 
 import json
 from math import isfinite
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,7 @@ def test_one_part_loads_no_other_network(monkeypatch, capsys):
         ({"random": "full"}, "--random .* --generator"),
         ({"json": world() / "nowhere/x.json"}, "--json"),
         ({"out": world()}, "--out"),
+        ({"json": Path("x.txt"), "out": Path("x.txt")}, "--json and --out"),
         ({"device": "abacus"}, "--device"),
         ({"generator": "nowhere.safetensors"}, "nowhere.safetensors"),
     ],
@@ -181,6 +183,14 @@ def test_bad_options_are_refused_in_one_line(changes, reason):
     with pytest.raises(ValueError, match=reason) as error:
         bench.main(config(**changes))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("network", ["generator", "diffusion", "features", "clip"])
+def test_missing_network_is_refused_before_anything_is_measured(network, tmp_path, capfd):
+    with pytest.raises(ValueError, match="nowhere"):
+        bench.main(config(**{network: "nowhere"}, json=tmp_path / "x.json"))
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_base_without_a_generator_asks_for_one():

@@ -22,7 +22,7 @@ from tiny_run import arguments, build_generator, contents, hurry, run, world
 import methods
 import train
 from losses import hsc_loss, sds_loss
-from models.checkpoint import load_checkpoint, load_generator
+from models.checkpoint import load_checkpoint, load_generator, save_generator
 from models.diffusion import DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
@@ -482,6 +482,16 @@ def test_bad_number_stops_with_step_times_and_terms(tmp_path, monkeypatch, cheap
         run(tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 2
     assert len(rows(tmp_path)) == 3
+
+
+def test_noise_drawn_among_heads_is_not_shared_out(tmp_path):
+    G = build_generator()
+    G.rendering_kwargs["superresolution_noise_mode"] = "random"
+    save_generator(G, tmp_path / "G.safetensors")
+    changes = {"generator": str(tmp_path / "G.safetensors"), "steps": 1}
+    run(tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match="superresolution_noise_mode random"):
+        run(tmp_path / "parts", **changes, micro_batch=1)
 
 
 # Presets and targets.
