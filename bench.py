@@ -214,7 +214,7 @@ class World:
     def G(self) -> TriPlaneGenerator:
         """A copy that learns."""
         G = copy.deepcopy(self.G_src)
-        train.learning_weights(G, methods.LEARNS[self.cfg.method][0])
+        train.learning_weights(G, self.cfg.learns[0])
         return G
 
     @cached_property

@@ -413,18 +413,18 @@ def structure_loss(tokens: Tensor, tokens_src: Tensor) -> Tensor:
     return (cosines - cosines_src).square().mean((1, 2))
 
 
-def coarse_to_fine(progress: float, levels: int = 3) -> tuple[float, ...]:
+def coarse_to_fine(
+    progress: float, first: Sequence[float] = (3, 2, 1), last: Sequence[float] = (1, 2, 3)
+) -> tuple[float, ...]:
     """Return the weights of a hierarchy's levels, coarse first, that sum to 1.
 
-    They move linearly from (L, ..., 2, 1) at progress 0, over equal ones, to (1, 2, ..., L) at 1,
-    up to their sum, so that every level always counts. The schedule is ours: GCA-3D names none.
+    They move linearly from `first` at progress 0 to `last` at 1, both up to their sums. By default
+    every level always counts. The schedule is ours: GCA-3D names none.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must be in [0, 1], got {progress}")
-    coarse = [(1 - progress) * (levels - level) for level in range(levels)]
-    fine = [progress * (level + 1) for level in range(levels)]
-    scale = levels * (levels + 1) / 2
-    return tuple((a + b) / scale for a, b in zip(coarse, fine, strict=True))
+    levels = zip(first, last, strict=True)
+    return tuple((1 - progress) * a / sum(first) + progress * b / sum(last) for a, b in levels)
 
 
 def _abar(prior: NoisePredictor, t: Tensor) -> Tensor:

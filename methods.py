@@ -55,20 +55,32 @@ TERMS = {
 }
 DIFFUSION_TERMS = {"sds", "fusion", "score_direction", "score_reconstruction", "keep"}
 VIT_TERMS = {"hsc", "perceptual"}
+# Biases, constants and noise strengths would let every head drift alike (StyleGAN-Fusion, which
+# freezes them).
+WEIGHTS_LEARN = (r"(backbone\.synthesis|superresolution)\..*\.weight",)
 METHODS = {
     # Depth-aware SDS with hierarchical spatial consistency.
-    "gca3d": {"weights": {"sds": 1.0, "hsc": 1.0}, "depth_scale": 1.0, "mask": True},
+    "gca3d": {
+        "weights": {"sds": 1.0, "hsc": 1.0},
+        "depth_scale": 1.0,
+        "mask": True,
+        "learns": WEIGHTS_LEARN,
+    },
     # Plain score distillation, what GCA-3D is compared with.
-    "sds": {"weights": {"sds": 1.0}},
+    "sds": {"weights": {"sds": 1.0}, "learns": WEIGHTS_LEARN},
     # StyleGAN-Fusion (arXiv:2212.04473) as its code adapts EG3D's faces, whose weights are of
     # gradients summed over 64 x 64 latent cells: LPIPS * 2000 / 100.
     "stylegan-fusion": {
-        "weights": {"fusion": 1.0, "score_direction": 0.5, "perceptual": 20 / 64**2}
+        "weights": {"fusion": 1.0, "score_direction": 0.5, "perceptual": 20 / 64**2},
+        "learns": WEIGHTS_LEARN,
     },
     # DiffusionGAN3D (arXiv:2312.16837); its weights are not public.
-    "diffusiongan3d": {"weights": {"sds": 1.0, "distance": 1.0}},
+    "diffusiongan3d": {
+        "weights": {"sds": 1.0, "distance": 1.0},
+        "learns": (r"backbone\.synthesis\.(?!.*\.torgb\.).*",),
+    },
     # StyleGAN-NADA (arXiv:2108.00946), the baseline of all these papers.
-    "nada": {"weights": {"clip_direction": 1.0}},
+    "nada": {"weights": {"clip_direction": 1.0}, "learns": (r"backbone\.synthesis\..*",)},
     # 3D-Adapter (arXiv:2410.08824); its weights are not public: those of DoRM, by its authors.
     "3d-adapter": {
         "weights": {
@@ -76,22 +88,12 @@ METHODS = {
             "target": 1.0,
             "structure": 10.0,
             "feature_structure": 10.0,
-        }
+        },
+        "learns": (r"decoder\..*", r"superresolution\..*\.(weight|bias)"),
     },
 }
 # What --edit changes of a method; others have no local edits.
-EDITS = {"diffusiongan3d": {"weights": {"keep": 20.0}}}
-
-# Names of the parameters that learn, per method; of several patterns each has an equal part of the
-# run. Where biases, const and noise strengths learn, they let every head drift alike
-# (StyleGAN-Fusion, arXiv:2212.04473, freezes them).
-LEARNS = {
-    **dict.fromkeys(METHODS, (r"(backbone\.synthesis|superresolution)\..*\.weight",)),
-    "diffusiongan3d": (r"backbone\.synthesis\.(?!.*\.torgb\.).*",),
-    "nada": (r"backbone\.synthesis\..*",),
-    "3d-adapter": (r"decoder\..*", r"superresolution\..*\.(weight|bias)"),
-}
-LEARNS_EDIT = {"diffusiongan3d": (r"backbone\.synthesis\..*",)}
+EDITS = {"diffusiongan3d": {"weights": {"keep": 20.0}, "learns": (r"backbone\.synthesis\..*",)}}
 
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 CLIP_LAYER = 3 / 12  # Whose tokens 3D-Adapter compares: the third of ViT-B's twelve.
@@ -166,7 +168,7 @@ def gca3d_terms(
 
     def hsc(adapted: Outputs, batch: Batch) -> Tensor:
         tokens, tokens_src = vit.tokens(adapted["image"]), vit.tokens(batch.source["image"])
-        level_weights = coarse_to_fine(batch.progress, len(HSC_GRIDS))
+        level_weights = coarse_to_fine(batch.progress, *cfg.hsc_levels)
         mask = batch.source["mask"] if cfg.mask else None
         return hsc_loss(tokens, tokens_src, HSC_GRIDS, level_weights, cfg.hsc_temperature, mask)
 

@@ -22,7 +22,7 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, reduce
-from math import isfinite
+from math import inf, isfinite
 from operator import or_
 from pathlib import Path
 from typing import Literal, TextIO
@@ -37,8 +37,6 @@ from methods import (
     DIFFUSION_TERMS,
     EDITS,
     HSC_GRIDS,
-    LEARNS,
-    LEARNS_EDIT,
     METHODS,
     TERMS,
     VIT_TERMS,
@@ -166,6 +164,9 @@ class Config:
 
     steps: int | None = None  # Updates of the generator; schedules run over them.
     batch: int | None = None  # Heads per step.
+    learns: tuple[str, ...] | None = None
+    """Regular expressions of the names of the generator's parameters that learn; of several, each
+    has an equal part of the run."""
     seed: int = 0  # Together with the step, fixes every random draw.
     lr: float | None = None  # Adam's learning rate.
     trunc: float = 1.0  # Truncation psi of the training heads; 1: the full variety.
@@ -182,6 +183,11 @@ class Config:
     depth_scale: float | None = None  # Weight of the source's depth in the prior; 0: off.
     mask: bool | None = None  # Whether only the source's foreground is adapted.
     hsc_temperature: float = 0.1  # Softmax temperature of HSC (tau).
+    hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
+        (3.0, 2.0, 1.0),
+        (1.0, 2.0, 3.0),
+    )
+    """Shares of HSC's three levels, 4 x 4 cells, 8 x 8 and all, in the first and last step."""
 
     weights: dict[str, float] | None = None
     """Weights of the objective's terms, as in: --weights hsc 0.1 perceptual 0 (0: off). Terms not
@@ -315,8 +321,7 @@ def prepare(
 
     # The copy that learns and its moving average.
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
-    patterns = (LEARNS_EDIT if cfg.edit else LEARNS)[cfg.method]
-    phases = [learning_weights(G, pattern) for pattern in patterns]
+    phases = [learning_weights(G, pattern) for pattern in cfg.learns]
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
     # StyleGAN's betas: no momentum, since the gradients of a step are mostly noise.
@@ -488,6 +493,8 @@ def check_options(cfg: Config) -> None:
         raise ValueError(f"--batch must divide among {ranks.count()} processes, got {cfg.batch}")
     if not all(0 <= cfg.t_range[0] < high <= 1 for high in cfg.t_range[1:]):
         raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}")
+    if not all(0 < sum(shares) < inf and min(shares) >= 0 for shares in cfg.hsc_levels):
+        raise ValueError(f"--hsc-levels must be at least 0 and not all 0, got {cfg.hsc_levels}")
     check_folder(cfg.out)
 
 
@@ -653,13 +660,18 @@ def output_gradients(
 
 
 def draw_times(cfg: Config, step: int, prior: DiffusionPrior | None) -> Tensor:
-    """Draw diffusion times [B], uniform over what `t_range` allows at this step."""
+    """Draw diffusion times [B], uniform over what `t_range` allows at this step.
+
+    Stratified: each from another B-th of the range, which makes gradients less noisy.
+    """
     if prior is None:
         return torch.empty(cfg.batch, 0)
     low, high, final = cfg.t_range[0], cfg.t_range[1], cfg.t_range[-1]
     high += (final - high) * step / cfg.steps
     last = len(prior.alphas_cumprod) - 1
-    return torch.randint(int(low * last), int(high * last) + 1, (cfg.batch,))
+    lowest, steps = int(low * last), int(high * last) + 1 - int(low * last)
+    strata = (torch.randperm(cfg.batch) + torch.rand(cfg.batch)) / cfg.batch  # In [0, 1).
+    return lowest + (strata * steps).long().clamp_max(steps - 1)
 
 
 def draw_noise(cfg: Config, prior: DiffusionPrior | None) -> Tensor:
@@ -676,8 +688,19 @@ def step_seed(seed: int, step: int, stream: int = 0) -> int:
 
 
 def learning_weights(G: TriPlaneGenerator, pattern: str) -> dict[str, nn.Parameter]:
-    """Let the parameters with matching names learn, and return them by name."""
-    weights = {name: w for name, w in G.named_parameters() if re.fullmatch(pattern, name)}
+    """Let the parameters with matching names learn, and return them by name.
+
+    Raises:
+        ValueError: there are none, or some are of the mapping network, which the source shares.
+    """
+    try:
+        weights = {name: w for name, w in G.named_parameters() if re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"--learns {pattern!r} is no regular expression ({error})") from error
+    if not weights or any(name.startswith("backbone.mapping.") for name in weights):
+        raise ValueError(
+            f"--learns {pattern!r} must match parameters, and none of backbone.mapping"
+        )
     for weight in weights.values():
         weight.requires_grad_(True)
     return weights

@@ -65,7 +65,7 @@ def test_help_explains_every_option(script, call):
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    assert len(flags) <= 36
+    assert len(flags) <= 40
     explained = set()
     for flag in flags:
         match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z-]+,? |$)", text)
@@ -242,6 +242,9 @@ BAD = {
             ("lr", "nan", "lr"),
             ("guidance", "inf", "guidance"),
             ("weights", {"hsc": -1}, "weights hsc"),
+            ("learns", "backbone.*", "learns"),
+            ("learns", "nothing", "learns"),
+            ("learns", "(", "learns"),
             ("weights", {"distance": "nan"}, "weights distance"),
             ("weights", {"hcs": 0}, "weights must name sds, hsc"),
             ("weights", {"target": 1}, "weights target needs the picture"),
@@ -275,6 +278,16 @@ def test_bad_t_range_is_one_line(tmp_path, call, t_range):
     code, _, err = call(train, argv)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "--t-range" in err
+
+
+@pytest.mark.parametrize(
+    "levels", ["0 0 0 1 2 3", "1 1 1 1 1 -1", "nan 1 1 1 1 1", "1 1 1 inf 1 1"]
+)
+def test_bad_hsc_levels_are_one_line(tmp_path, call, levels):
+    argv = [*arguments(tmp_path / "run"), "--hsc-levels", *levels.split()]
+    code, _, err = call(train, argv)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--hsc-levels" in err
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf"])

@@ -207,7 +207,7 @@ def test_hsc_refuses_what_does_not_fit(change, reason):
 
 
 def test_level_weights_sum_to_one_and_move_from_coarse_to_fine():
-    over_time = [coarse_to_fine(step / 10, levels=4) for step in range(11)]
+    over_time = [coarse_to_fine(step / 10, (4, 3, 2, 1), (1, 2, 3, 4)) for step in range(11)]
     assert all(sum(weights) == pytest.approx(1) and min(weights) > 0 for weights in over_time)
     means = [sum(level * weight for level, weight in enumerate(w)) for w in over_time]
     assert means == sorted(means) and means[0] < means[-1]
@@ -215,6 +215,7 @@ def test_level_weights_sum_to_one_and_move_from_coarse_to_fine():
     assert over_time[5] == pytest.approx((0.25,) * 4)
     with pytest.raises(ValueError, match="progress"):
         coarse_to_fine(1.01)
+    assert coarse_to_fine(0.3, (0, 5), (0, 1)) == pytest.approx((0, 1))
 
 
 # StyleGAN-Fusion.

@@ -70,6 +70,6 @@ def test_training_on_files_of_real_size(tmp_path):
 
     adapted, source = load_generator(tmp_path / "run"), load_generator(files["generator"])
     moved = {n for n, w in adapted.named_parameters() if not w.equal(source.get_parameter(n))}
-    assert len(moved) == len(train.learning_weights(source, methods.LEARNS["gca3d"][0]))
+    assert len(moved) == len(train.learning_weights(source, methods.WEIGHTS_LEARN[0]))
     with safe_open(tmp_path / "run/generator.safetensors", "pt") as file:
         assert len(file.keys()) == len(G.state_dict())
