@@ -102,6 +102,7 @@ def sds_loss(
     guidance: float,
     depth: Tensor | None = None,
     mask: Tensor | None = None,
+    baseline: Tensor | None = None,
 ) -> Tensor:
     """Score distillation sampling (DreamFusion, arXiv:2209.14988, Eq. 3).
 
@@ -112,6 +113,7 @@ def sds_loss(
     Args:
         depth: Condition of the prior; None goes without.
         mask: Where the gradient acts, averaged down to the latent's cells; None is everywhere.
+        baseline: What eps_hat is compared with, [B, 4, h, w] (see `source_noise`); None is `noise`.
 
     Raises:
         ValueError: a tensor is of another shape than the module's docstring says, or a time step
@@ -130,7 +132,8 @@ def sds_loss(
         if depth is not None:
             _check_shape("depth", depth, (b, 3, None, None))
         eps_hat = guided_noise(prior, latents_t, t, condition, guidance, depth)
-        grad = (1 - _abar(prior, t)) * (eps_hat - noise)  # [B, 4, h, w]
+        baseline = noise if baseline is None else baseline
+        grad = (1 - _abar(prior, t)) * (eps_hat - baseline)  # [B, 4, h, w]
         if mask is not None:
             _check_shape("mask", mask, (b, 1, None, None))
             grad = F.adaptive_avg_pool2d(mask.to(grad.dtype), (h, w)) * grad
@@ -146,6 +149,7 @@ def dsds_loss(
     guidance: float,
     depth: Tensor,
     mask: Tensor,
+    baseline: Tensor | None = None,
 ) -> Tensor:
     """Depth-aware score distillation (GCA-3D, arXiv:2412.15491, L_DSDS).
 
@@ -156,7 +160,32 @@ def dsds_loss(
     Raises:
         ValueError: a tensor is of another shape than the module's docstring says.
     """
-    return sds_loss(prior, latents, condition, t, noise, guidance, depth, mask)
+    return sds_loss(prior, latents, condition, t, noise, guidance, depth, mask, baseline)
+
+
+@torch.no_grad()
+def source_noise(
+    prior: NoisePredictor,
+    latents_src: Tensor,
+    condition: Condition,
+    t: Tensor,
+    noise: Tensor,
+    guidance: float,
+    depth: Tensor | None = None,
+) -> Tensor:
+    """Predict the noise in the source's latents (delta denoising score, arXiv:2304.07090, Eq. 4).
+
+    A baseline of SDS: what the prior wants of the source too, under the same noise and its own
+    prompt, is no wish of the target domain's, and most of it is noise.
+
+    Args:
+        condition: The source's own domain.
+
+    Returns:
+        [B, 4, h, w].
+    """
+    latents_t = add_noise(prior, latents_src, t, noise)
+    return guided_noise(prior, latents_t, t, condition, guidance, depth)
 
 
 def hsc_loss(

@@ -28,6 +28,7 @@ from losses import (
     score_direction_loss,
     score_reconstruction_loss,
     sds_loss,
+    source_noise,
     structure_loss,
     target_loss,
 )
@@ -155,16 +156,20 @@ def gca3d_terms(
     """Return L = L_DSDS + lambda L_HSC."""
     # Without depth, mask or both, L_DSDS is plain SDS with what is left of them.
     distillation = dsds_loss if cfg.depth_scale and cfg.mask else sds_loss
+    if prior:
+        condition_src = prior.condition(cfg.source_prompt, depth_scale=cfg.depth_scale)
 
     def sds(adapted: Outputs, batch: Batch) -> Tensor:
-        latents = encode(prior, adapted["image"])
+        latents, t, noise = encode(prior, adapted["image"]), batch.t, batch.noise
         depth, mask = batch.source["image_depth"], batch.source["mask"]  # [b, 1, n, n]
         depth = depth_condition(depth, mask, prior.image_size) if cfg.depth_scale else None
-        mask = mask if cfg.mask else None
-        losses = distillation(
-            prior, latents, condition, batch.t, batch.noise, cfg.guidance, depth, mask
-        )
-        return losses / cells(prior)
+        baseline = noise
+        if cfg.delta:
+            latents_src = encode(prior, batch.source["image"])
+            inputs = (condition_src, t, noise, cfg.guidance, depth)
+            baseline = noise.lerp(source_noise(prior, latents_src, *inputs), cfg.delta)
+        inputs = (condition, t, noise, cfg.guidance, depth, mask if cfg.mask else None, baseline)
+        return distillation(prior, latents, *inputs) / cells(prior)
 
     def hsc(adapted: Outputs, batch: Batch) -> Tensor:
         tokens, tokens_src = vit.tokens(adapted["image"]), vit.tokens(batch.source["image"])

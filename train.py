@@ -104,7 +104,10 @@ BASES = {
 # EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
 EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
 # (base, method): what suits neither row alone.
-TUNED: dict[tuple[str, str], dict] = {("puppets", "gca3d"): {"weights": {"hsc": 0.05}}}
+TUNED: dict[tuple[str, str], dict] = {
+    # A delta would double what UNet and ControlNet cost, which on real models is most of a step.
+    ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 1.0}
+}
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.
 FREE_TO_CHANGE = {
@@ -115,11 +118,11 @@ POSITIVE = {"lr", "hsc_temperature"}
 AT_LEAST = {
     "trunc": -10,
     **dict.fromkeys(("steps", "batch", "micro_batch", "save_every", "grid_every"), 1),
-    **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale"), 0),
+    **dict.fromkeys(("seed", "guidance", "image_scale", "depth_scale", "delta"), 0),
 }
 # Beyond these lie typing errors rather than wishes.
 AT_MOST = {
-    **{"batch": 1024, "lr": 1, "trunc": 10, "guidance": 1e4},
+    **{"batch": 1024, "lr": 1, "trunc": 10, "guidance": 1e4, "delta": 1},
     **dict.fromkeys(("image_scale", "depth_scale"), 10),
 }
 LARGEST_WEIGHT = 1e4
@@ -182,6 +185,9 @@ class Config:
     """Weight of the picture in the prior; None: 1 with a picture alone, 0.6 beside a prompt."""
     depth_scale: float | None = None  # Weight of the source's depth in the prior; 0: off.
     mask: bool | None = None  # Whether only the source's foreground is adapted.
+    delta: float | None = None
+    """Share of the noise whose place the prior's prediction for the source's head takes, in score
+    distillation (delta denoising score, arXiv:2304.07090); 0: off."""
     hsc_temperature: float = 0.1  # Softmax temperature of HSC (tau).
     hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
         (3.0, 2.0, 1.0),
@@ -429,6 +435,7 @@ def resolve(cfg: Config) -> Config:
     computed = {
         "depth_scale": 0.0,
         "mask": False,
+        "delta": 0.0,
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if cfg.prompt and cfg.image else 1.0,
     }

@@ -21,6 +21,7 @@ from losses import (
     score_direction_loss,
     score_reconstruction_loss,
     sds_loss,
+    source_noise,
     structure_loss,
     target_loss,
 )
@@ -79,6 +80,25 @@ def test_dsds_with_a_full_mask_is_sds_with_the_same_depth():
     depth, mask = torch.rand(3, 3, 64, 64), torch.ones(3, 1, 16, 16)
     inputs = (FakePrior(), latents, condition, t, noise, GUIDANCE)
     torch.testing.assert_close(dsds_loss(*inputs, depth, mask), sds_loss(*inputs, depth=depth))
+
+
+def test_delta_compares_with_what_the_prior_sees_in_the_source():
+    latents, condition, t, noise = sds_inputs()
+    latents_src = torch.randn_like(latents)
+    condition_src = Condition(torch.full_like(condition.text, 0.3))
+    baseline = source_noise(FakePrior(), latents_src, condition_src, t, noise, GUIDANCE)
+    inputs = (FakePrior(), latents, condition, t, noise, GUIDANCE)
+    sds_loss(*inputs, baseline=baseline).sum().backward()
+    abar = FakePrior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    latents_t, source_t = (
+        abar.sqrt() * x + (1 - abar).sqrt() * noise for x in (latents, latents_src)
+    )
+    expected = (1 - abar) * ((0.1 + GUIDANCE * 0.6) * latents_t - 0.3 * source_t)
+    torch.testing.assert_close(latents.grad, expected.detach())
+    same = source_noise(*inputs[:1], latents.detach(), *inputs[2:])
+    latents.grad = None
+    sds_loss(*inputs, baseline=same).sum().backward()
+    assert not latents.grad.any()  # Nothing to change in what is the source under its own words.
 
 
 def test_guidance_drops_text_and_picture_together():

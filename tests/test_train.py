@@ -22,7 +22,7 @@ from tiny_run import arguments, build_generator, contents, hurry, run, world
 
 import methods
 import train
-from losses import hsc_loss, sds_loss
+from losses import hsc_loss, sds_loss, source_noise
 from models.checkpoint import load_checkpoint, load_generator, save_generator
 from models.diffusion import DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
@@ -428,8 +428,12 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
     mask = source["mask"].detach()
     condition = prior.condition("a bronze statue", None, 1.0, 1.0)
     depth = depth_condition(source["image_depth"], mask, prior.image_size)
-    latents = prior.encode_images(methods.resize(images, prior.image_size))
-    sds = sds_loss(prior, latents, condition, t, noise, 3.0, depth, mask).sum() / side**2
+    latents, latents_src = (
+        prior.encode_images(methods.resize(x, prior.image_size)) for x in (images, source["image"])
+    )
+    condition_src = prior.condition("a photo of a person", None, 1.0, 1.0)
+    baseline = source_noise(prior, latents_src, condition_src, t, noise, 3.0, depth)
+    sds = sds_loss(prior, latents, condition, t, noise, 3.0, depth, mask, baseline).sum() / side**2
     tokens = vit.tokens(images), vit.tokens(source["image"])
     fine_last = (1 / 6, 2 / 6, 3 / 6)
     hsc = hsc_loss(*tokens, (4, 8, None), fine_last, 0.1, mask).sum()
@@ -597,6 +601,7 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
         {"depth_scale": 0.5},
         {"depth_scale": 0.0},
         {"mask": False},
+        {"delta": 0.5},
         {"guidance": 2.0},
         {"hsc_temperature": 0.2},
         {"trunc": 0.5},
