@@ -1,14 +1,18 @@
-"""Run the README's experiments on the embedded world: train, score, draw the figures.
+"""Run the README's experiments on the embedded world: train, score, write tables, draw figures.
 
     python -m puppets.experiments
+    for i in 0 1; do python -m puppets.experiments --worker $i --workers 2 & done; wait
 
-Runs go to `runs/experiments`, one at a time; what is finished is not done again. Scores go to
-`docs/results.json`, tables to `docs/results.md`, figures to `docs/figure-*.png` and
-`docs/orbit.webp`. A call with another --seed adds its runs to those of the seeds before.
+Runs go to `runs/experiments`, one at a time; what is finished is not done again, so the same
+command resumes. Scores go to `docs/results.json`, tables to `docs/results.md`, figures to
+`docs/figure-*.png` and `docs/orbit.webp`.
 """
 
 from __future__ import annotations
 
+import fcntl
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,37 +30,102 @@ from models.eg3d import TriPlaneGenerator
 from puppets import oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT
-from puppets.heads import Z_DIM, render
-from render import image_grid, orbit, save_image, save_video, to_uint8
+from puppets.heads import Z_DIM
+from puppets.heads import render as draw_truth
+from render import PITCH, image_grid, orbit, save_image, save_video, to_uint8
 from render import render as render_views
-from tables import cell
+from tables import Row, cell
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
 SOURCE = "checkpoints/puppets/generator.safetensors"
-TEXT = ("bronze", "zombie", "clown", "alien", "wood", "sketch", *HELD_OUT)
-PICTURE = ("bronze", "alien", "devil")
-COMPARED = ("clown", "devil", "robot")  # One that was tuned on, two held out.
-ABLATIONS = {
-    "gca3d": {},
-    "without depth": {"depth_scale": 0.0},
-    "without mask": {"mask": False},
-    "without HSC": {"hsc_weight": 0.0},
-    "plain SDS": {"method": "sds"},
-}
+TABLE = ("bronze", "clown", *HELD_OUT)  # The first two were tuned on.
+COMPARED = ("clown", "devil", "robot")  # Of the ablations: one that was tuned on, two held out.
+PICTURED = ("bronze", "alien", "devil")  # In the figure of reference pictures.
+OURS = "GCA-3D"
+COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
 COLUMNS = {  # Scores in the tables, and how they are called there.
     "clip_share": "CLIP domain",
     "oracle_domain": "oracle domain",
     "oracle_l1": "L1 to truth",
+    "kid": "KID to truth",
     "pose_deg": "pose [deg]",
+    "oracle_pose_deg": "oracle pose [deg]",
     "identity_top1": "identity top-1",
     "oracle_id": "oracle identity",
     "diversity": "diversity",
     "depth_corr": "depth",
+    "multiview_px": "multiview [px]",
+    "step_seconds": "s a step",
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48
-FIGURE_SEEDS = (3, 14, 15, 92, 65, 35)
+FIGURE_SEEDS, SIDES = (3, 14, 15, 92, 65, 35), (0.35, -0.35)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are compared in one table, on the same domains and seeds."""
+
+    title: str
+    rows: dict[str, dict]  # Options of train.py by the row's label.
+    domains: tuple[str, ...]
+    seeds: tuple[int, ...]
+    picture: bool = False  # Whether a reference picture tells the domain, instead of a prompt.
+
+
+GROUPS = {
+    "words": Group(
+        "Methods, from a prompt",
+        {
+            OURS: {},
+            "SDS": {"method": "sds"},
+            "StyleGAN-Fusion": {"method": "stylegan-fusion"},
+            "DiffusionGAN3D": {"method": "diffusiongan3d"},
+            "StyleGAN-NADA": {"method": "nada"},
+        },
+        TABLE,
+        (0, 1),
+    ),
+    "pictures": Group(
+        "Methods, from one picture",
+        {OURS: {}, "3D-Adapter": {"method": "3d-adapter"}},
+        TABLE,
+        (0, 1),
+        picture=True,
+    ),
+    "parts": Group(
+        "What each part and setting does",
+        {
+            OURS: {},
+            "without depth": {"depth_scale": 0.0},
+            "without mask": {"mask": False},
+            "without HSC": {"weights": {"hsc": 0.0}},
+            "without delta": {"delta": 0.0},
+            "SDS": {"method": "sds"},
+            "one HSC level": {"hsc_levels": (MIDDLE, MIDDLE)},
+            "HSC coarse": {"hsc_levels": (COARSE, COARSE)},
+            "HSC fine": {"hsc_levels": (FINE, FINE)},
+            "lambda / 4": {"weights": {"hsc": 0.0125}},
+            "lambda x 4": {"weights": {"hsc": 0.2}},
+            "guidance 1.5": {"guidance": 1.5},
+            "guidance 7.5": {"guidance": 7.5},
+            "t below 0.5": {"t_range": (0.02, 0.5)},
+            "t above 0.5": {"t_range": (0.5, 0.98)},
+            "t annealed": {"t_range": (0.02, 0.98, 0.5)},
+            "learns biases too": {"learns": (r"(backbone\.synthesis|superresolution)\..*",)},
+            "learns planes alone": {"learns": (r"backbone\.synthesis\..*\.weight",)},
+            "batch 2": {"batch": 2},
+            "batch 8": {"batch": 8},
+        },
+        COMPARED,
+        (0,),
+    ),
+    "gallery": Group("Other domains", {OURS: {}}, ("zombie", "alien", "wood", "sketch"), (0,)),
+    "gallery-pictures": Group(
+        "Other domains, from one picture", {OURS: {}}, ("alien",), (0,), picture=True
+    ),
+}
 
 
 @dataclass
@@ -64,48 +133,77 @@ class Config:
     """Options of puppets.experiments."""
 
     only: str = ""  # Part of the names of the runs to do; empty: all.
-    seed: int = 0  # Of the training runs.
     samples: int = 64  # Latents that each run is scored on.
     threads: int = 1  # CPU threads; two workers of one thread are faster than one of two.
     worker: int = 0  # Which of `workers` this process is.
     workers: int = 1  # Processes that share the runs.
 
 
-def plan(seed: int) -> dict[str, dict]:
-    """Return every run's options for train.py, by the run's name: objective-domain-s<seed>."""
-    runs = {f"text-{d}": {"prompt": DOMAINS[d].phrases[0]} for d in TEXT}
-    runs |= {f"image-{d}": {"image": DOCS / f"reference-{d}.png"} for d in PICTURE}
-    for label, options in ABLATIONS.items():
-        if options:
-            prompts = {d: {"prompt": DOMAINS[d].phrases[0]} for d in COMPARED}
-            runs |= {f"{prefix(label)}-{d}": prompts[d] | options for d in COMPARED}
-    return {f"{name}-s{seed}": options | {"seed": seed} for name, options in runs.items()}
-
-
-def prefix(label: str) -> str:
-    """Return how the names of an objective's runs begin."""
-    return "text" if label == "gca3d" else label.lower().replace(" ", "-")
-
-
 def main(cfg: Config) -> None:
     """Train and score what is missing, then write tables and figures."""
     torch.set_num_threads(cfg.threads)
     DOCS.mkdir(exist_ok=True)
-    for domain in PICTURE:
+    for domain in {*TABLE, *PICTURED}:
         draw_reference(domain)
-    path = DOCS / "results.json"
     eye, sources, truths = oracle.load_oracle(), {}, {}
-    runs = {name: options for name, options in plan(cfg.seed).items() if cfg.only in name}
+    runs = {name: options for name, options in plan().items() if cfg.only in name}
     for name, options in tqdm(list(runs.items())[cfg.worker :: cfg.workers], unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
-        if evaluation.read_rows(path).get(name, {}).get("samples") != cfg.samples:
+        if read_scores().get(name, {}).get("samples") != cfg.samples:
             settings = evaluation.Config(ckpt=(), samples=cfg.samples)
             row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"), sources)
-            row |= oracle.score_run(RUNS / name, row, eye, sources, truths)
-            evaluation.write_rows(path, evaluation.read_rows(path) | {name: row})
-    write_tables(evaluation.read_rows(path))
-    draw_figures(cfg.seed)
-    draw_orbit(cfg.seed)
+            add_score(name, row | oracle.score_run(RUNS / name, row, eye, sources, truths))
+    write_tables(read_scores())
+    draw_figures()
+    draw_orbit()
+
+
+def plan() -> dict[str, dict]:
+    """Return every run's options for train.py, by the run's name; groups may share runs."""
+    return {
+        run_name(group, label, domain, seed): options | target(group, domain) | {"seed": seed}
+        for group in GROUPS.values()
+        for seed in group.seeds
+        for domain in group.domains
+        for label, options in group.rows.items()
+    }
+
+
+def run_name(group: Group, label: str, domain: str, seed: int) -> str:
+    """Return a run's name: label-domain-s<seed>."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", label.lower())
+    return f"{slug}{'-picture' if group.picture else ''}-{domain}-s{seed}"
+
+
+def target(group: Group, domain: str) -> dict:
+    """Return the option that tells the domain."""
+    if group.picture:
+        return {"image": DOCS / f"reference-{domain}.png"}
+    return {"prompt": DOMAINS[domain].phrases[0]}
+
+
+def command(name: str, options: dict) -> str:
+    """Return the command line of a run."""
+    words = ["python", "train.py"]
+    for option, value in (options | {"out": RUNS / name}).items():
+        flag = f"--{option.replace('_', '-')}"
+        values = (
+            [part for item in value.items() for part in item] if isinstance(value, dict) else value
+        )
+        words += [flag, *np.ravel(np.array(values, dtype=object)).astype(str)]
+    return shlex.join(words)
+
+
+def read_scores() -> dict[str, Row]:
+    """Return the rows of all runs that have been scored."""
+    return evaluation.read_rows(DOCS / "results.json")
+
+
+def add_score(name: str, row: Row) -> None:
+    """Write a run's row beside those of the others, which other workers may be writing."""
+    with open(RUNS / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        evaluation.write_rows(DOCS / "results.json", read_scores() | {name: row})
 
 
 def draw_reference(domain: str) -> None:
@@ -114,27 +212,42 @@ def draw_reference(domain: str) -> None:
     if not path.exists():
         z = torch.from_numpy(np.random.RandomState(4242).randn(1, Z_DIM)).float()
         c = CAMERAS.label(torch.tensor([0.25]), torch.tensor([-0.1]))
-        save_image(Image.fromarray(to_uint8(render(z, c, domain, size=256)[0])[0]), path)
+        save_image(Image.fromarray(to_uint8(draw_truth(z, c, domain, size=256)[0])[0]), path)
 
 
-def write_tables(scores: dict[str, evaluation.Row]) -> None:
-    """Write docs/results.md: every run, then the objectives' means over the compared domains."""
+def write_tables(scores: dict[str, Row]) -> None:
+    """Write docs/results.md: a table per group, then every run and its command."""
     lines = ["# Results on the embedded world", ""]
     lines += ["Written by `python -m puppets.experiments`; all scores are in `results.json`."]
     lines += ["In brackets: what the true pictures of the target domain get for the same score."]
-    lines += ["Where there are several seeds: mean ± standard deviation over them."]
-    lines += ["Domains that were never looked at while tuning are marked (held out).", ""]
-    lines += table_of_runs(scores)
-    compared = ", ".join(map(mark, COMPARED))
-    lines += ["", f"## What each part does: means over {compared}", ""]
-    lines += table_of_objectives(scores)
-    text = "\n".join(lines) + "\n"
+    lines += ["Where there are several seeds: mean ± standard deviation over them of the domains'"]
+    lines += ["mean. Domains that were never looked at while tuning are held out."]
+    for group in GROUPS.values():
+        held_out = tuple(domain for domain in group.domains if domain in HELD_OUT)
+        for domains in dict.fromkeys(filter(None, (held_out, group.domains))):
+            table = table_of_means(group, domains, scores)
+            if len(table) > 3:  # More than one row to compare.
+                lines += ["", f"## {group.title}: means over {', '.join(domains)}", "", *table]
+    lines += ["", "## Every run", "", *table_of_runs(scores), "", "## Commands", "", "```sh"]
+    lines += [command(name, options) for name, options in plan().items() if name in scores]
+    text = "\n".join([*lines, "```"]) + "\n"
     atomic_write(DOCS / "results.md", lambda file: file.write(text.encode()))
 
 
-def table_of_runs(scores: dict[str, evaluation.Row]) -> list[str]:
-    """Return a Markdown row per objective and target, over its seeds."""
-    seeds: dict[str, list[evaluation.Row]] = {}
+def table_of_means(group: Group, domains: tuple[str, ...], scores: dict[str, Row]) -> list[str]:
+    """Return a Markdown row per label that was run on all these domains."""
+    lines = [markdown_row(["", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
+    for label in group.rows:
+        runs = [[run_name(group, label, d, seed) for d in domains] for seed in group.seeds]
+        means = [mean_row([scores[r] for r in row]) for row in runs if scores.keys() >= set(row)]
+        if means:
+            lines.append(markdown_row([label, *(cell(means, column) for column in COLUMNS)]))
+    return lines
+
+
+def table_of_runs(scores: dict[str, Row]) -> list[str]:
+    """Return a Markdown row per label and domain, over its seeds."""
+    seeds: dict[str, list[Row]] = {}
     for run, row in scores.items():
         seeds.setdefault(run.rpartition("-s")[0], []).append(row)
     lines = [markdown_row(["run", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
@@ -143,19 +256,7 @@ def table_of_runs(scores: dict[str, evaluation.Row]) -> list[str]:
     return lines
 
 
-def table_of_objectives(scores: dict[str, evaluation.Row]) -> list[str]:
-    """Return a Markdown row per objective that was run on all compared domains."""
-    lines = [markdown_row(["objective", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
-    seeds = sorted({run.rpartition("-s")[2] for run in scores}, key=int)
-    for label in ABLATIONS:
-        runs = [[f"{prefix(label)}-{d}-s{seed}" for d in COMPARED] for seed in seeds]
-        means = [mean_row([scores[r] for r in row]) for row in runs if scores.keys() >= set(row)]
-        if means:
-            lines.append(markdown_row([label, *(cell(means, column) for column in COLUMNS)]))
-    return lines
-
-
-def mean_row(rows: list[evaluation.Row]) -> evaluation.Row:
+def mean_row(rows: list[Row]) -> Row:
     """Return the means of the numbers that all rows have."""
     names = [n for n in rows[0] if all(isinstance(row.get(n), float) for row in rows)]
     return {n: float(np.mean([row[n] for row in rows])) for n in names}
@@ -171,27 +272,41 @@ def mark(name: str) -> str:
     return f"{name} (held out)" if name.rpartition("-")[2] in HELD_OUT else name
 
 
-def draw_figures(seed: int) -> None:
-    """Draw source heads above the same heads of every text, every picture, every objective."""
-    rows = {
-        "text": {f"text-{domain}": DOMAINS[domain].phrases[0] for domain in TEXT},
-        "image": {f"image-{domain}": "" for domain in PICTURE},
-        "objective": {f"{prefix(label)}-{COMPARED[1]}": label for label in ABLATIONS},
-    }
-    source = show(load_generator(SOURCE))
-    for figure, labels in rows.items():
-        heads = [("source", None, source)]
-        for name, label in labels.items():
-            run = RUNS / f"{name}-s{seed}"
-            if (run / "generator.safetensors").exists():
-                picture = Image.open(run / "reference.png") if figure == "image" else None
-                heads.append((label, picture, show(load_generator(run))))
-        save_image(sheet(heads), DOCS / f"figure-{figure}.png")
+def draw_figures() -> None:
+    """Draw source heads above the same heads adapted, in five figures."""
+    words, pictures, parts = (GROUPS[name] for name in ("words", "pictures", "parts"))
+    source = [("source", None, show(load_generator(SOURCE)))]
+    gallery = (*TABLE, *GROUPS["gallery"].domains)
+    rows = [(DOMAINS[d].phrases[0], None, run_name(words, OURS, d, 0)) for d in gallery]
+    save_sheet(DOCS / "figure-text.png", source, rows)
+    rows = [("", DOCS / f"reference-{d}.png", run_name(pictures, OURS, d, 0)) for d in PICTURED]
+    save_sheet(DOCS / "figure-image.png", source, rows)
+    for domain in ("elf", "robot"):
+        truth = [(f"true {domain}", None, show_truth(domain))]
+        rows = [(label, None, run_name(words, label, domain, 0)) for label in words.rows]
+        save_sheet(DOCS / f"figure-methods-{domain}.png", source, rows, truth)
+    rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
+    save_sheet(DOCS / "figure-parts.png", source, rows)
 
 
-def draw_orbit(seed: int) -> None:
+def save_sheet(
+    path: Path,
+    above: list[tuple[str, None, Tensor]],
+    runs: list[tuple[str, Path | None, str]],
+    below: list[tuple[str, None, Tensor]] | None = None,
+) -> None:
+    """Draw a figure: rows of heads, each with a label, a picture or both, those of runs by name."""
+    rows = list(above)
+    for label, picture, name in runs:
+        if (RUNS / name / "generator.safetensors").exists():
+            heads = show(load_generator(RUNS / name))
+            rows.append((label, picture and Image.open(picture), heads))
+    save_image(sheet(rows + (below or [])), path)
+
+
+def draw_orbit() -> None:
     """Draw two heads that turn: the source's and, beside it, what they became."""
-    runs = [RUNS / f"text-{domain}-s{seed}" for domain in TURNING]
+    runs = [RUNS / run_name(GROUPS["words"], OURS, domain, 0) for domain in TURNING]
     networks = [load_generator(SOURCE)]
     networks += [load_generator(run) for run in runs if (run / "generator.safetensors").exists()]
     heads = [
@@ -204,7 +319,17 @@ def draw_orbit(seed: int) -> None:
 
 def show(G: TriPlaneGenerator) -> Tensor:
     """Render two views of each figure head, [2 N, 3, R, R]."""
-    return torch.cat([render_views(G, seed, (0.35, -0.35))["image"] for seed in FIGURE_SEEDS])
+    return torch.cat([render_views(G, seed, SIDES)["image"] for seed in FIGURE_SEEDS])
+
+
+def show_truth(domain: str) -> Tensor:
+    """Draw the same views of the same heads as a domain's truth, [2 N, 3, 128, 128]."""
+    z = torch.cat(
+        [torch.from_numpy(np.random.RandomState(s).randn(1, Z_DIM)) for s in FIGURE_SEEDS]
+    )
+    c = CAMERAS.label(torch.tensor(SIDES), torch.full((len(SIDES),), PITCH))  # [2, 25]
+    heads = z.float().repeat_interleave(len(SIDES), 0)
+    return draw_truth(heads, c.repeat(len(FIGURE_SEEDS), 1), domain, size=128)[0]
 
 
 def sheet(rows: list[tuple[str, Image.Image | None, Tensor]], margin: int = 150) -> Image.Image:

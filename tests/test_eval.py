@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from math import asin, degrees, pi, sin, tan
@@ -9,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
+import methods
 import metrics
 import tables
+import train
 from eval import Config, Renders, Source, Views
 from models.cameras import orbit
 from models.checkpoint import load_generator, save_generator
@@ -733,14 +738,24 @@ def docs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_plan_covers_every_held_out_domain_and_keeps_seeds_apart():
-    runs = experiments.plan(0)
-    assert len(experiments.TEXT) >= 8 and set(HELD_OUT) <= set(experiments.TEXT)
-    assert len(set(experiments.COMPARED) & set(HELD_OUT)) >= 2
-    assert set(experiments.COMPARED) - set(HELD_OUT)
-    assert set(experiments.COMPARED) <= set(experiments.TEXT)
-    assert not runs.keys() & experiments.plan(1).keys()
-    assert all(options["seed"] == 0 for options in runs.values())
+def test_plan_covers_every_held_out_domain_and_method():
+    runs = experiments.plan()
+    words, parts = experiments.GROUPS["words"], experiments.GROUPS["parts"]
+    assert len(experiments.TABLE) >= 6 and set(HELD_OUT) <= set(experiments.TABLE)
+    assert len(set(parts.domains) & set(HELD_OUT)) >= 2 and set(parts.domains) - set(HELD_OUT)
+    told = {options.get("method", "gca3d") for options in runs.values()}
+    assert told == set(methods.METHODS)
+    assert set(words.domains) >= set(parts.domains)  # So that the first row is there already.
+    for name, options in runs.items():
+        assert name.endswith(f"-s{options['seed']}")
+        train.check_options(train.resolve(train.Config(out=experiments.RUNS / name, **options)))
+
+
+def test_commands_in_the_tables_are_those_of_the_plan():
+    for name, options in experiments.plan().items():
+        argv = shlex.split(experiments.command(name, options))[2:]
+        planned = train.Config(**{"out": experiments.RUNS / name} | options)
+        assert tyro.cli(train.Config, args=argv) == planned
 
 
 def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
@@ -748,58 +763,74 @@ def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
     row = {"method": "gca3d", "target": "x", "samples": 8, "seed": 5, "trunc": 1.0}
     experiments.write_tables(
         {
-            "text-bronze-s0": row | {"pose_deg": 5.25, "true_pose_deg": 4.0},
-            "image-devil-s0": row | {"diversity": 0.25},
+            "gca-3d-bronze-s0": row | {"pose_deg": 5.25, "true_pose_deg": 4.0},
+            "gca-3d-picture-devil-s0": row | {"diversity": 0.25},
         }
     )
     head, _, bronze, devil = [
         row.split(" | ") for row in (docs / "results.md").read_text().splitlines() if "|" in row
     ][:4]
-    assert bronze[0] == "| text-bronze"
+    assert bronze[0] == "| gca-3d-bronze"
     assert bronze[head.index("pose [deg]")] == "5.25 (4)"
-    assert devil[0] == "| image-devil (held out)" and devil[head.index("pose [deg]")] == ""
-    assert devil[head.index("diversity")] == "0.25"
+    assert devil[0] == "| gca-3d-picture-devil (held out)"
+    assert devil[head.index("pose [deg]")] == "" and devil[head.index("diversity")] == "0.25"
 
 
-def test_tables_give_mean_and_deviation_over_seeds(docs):
+def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
     row = {"method": "gca3d", "target": "x", "samples": 8}
     scores = {}
     for seed, shift in ((0, 0.1), (1, 0.3)):
-        for name in experiments.COMPARED:
-            scores[f"text-{name}-s{seed}"] = row | {"pose_deg": 2 + shift}
-            scores[f"without-mask-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
+        for number, name in enumerate(experiments.TABLE):
+            scores[f"gca-3d-{name}-s{seed}"] = row | {"pose_deg": number + shift}
+            scores[f"sds-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
     experiments.write_tables(scores)
     text = (docs / "results.md").read_text()
-    rows = {row.split(" | ")[0]: row for row in text.splitlines()}
-    assert "| 2.2 ± 0.14 |" in rows["| text-clown"] and "| 2.2 ± 0.14 |" in rows["| gca3d"]
-    assert "| 4.2 ± 0.14 |" in rows["| without mask"]
-    assert "without depth" not in text
+    held_out, every = text.split("## Methods, from a prompt: ")[1:3]
+    assert held_out.startswith("means over marble, robot, devil, elf\n")
+    assert [
+        line.split(" | ")[5] for line in held_out.splitlines() if line.startswith("| GCA-3D")
+    ] == [
+        "3.7 ± 0.14"  # Of 2, 3, 4 and 5.
+    ]
+    assert "| GCA-3D |" in every and "| 2.7 ± 0.14 |" in every and "| 4.2 ± 0.14 |" in every
+    assert "StyleGAN-Fusion |" not in text and "python train.py --method sds" in text
 
 
-def test_experiments_score_again_what_has_other_samples(docs, monkeypatch):
+def test_experiments_score_again_what_has_other_samples(docs, monkeypatch, tmp_path):
     scored = []
 
     def score_run(ckpt, cfg, device, sources):
         scored.append((ckpt.name, cfg.samples))
         return {"method": "gca3d", "target": "x", "samples": cfg.samples}
 
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
     monkeypatch.setattr(experiments.train, "main", lambda cfg: None)
     monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
     monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
     monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
-    for name in ("draw_reference", "draw_figures", "draw_orbit"):
-        monkeypatch.setattr(experiments, name, lambda _: None)
+    monkeypatch.setattr(experiments, "draw_reference", lambda _: None)
+    for name in ("draw_figures", "draw_orbit"):
+        monkeypatch.setattr(experiments, name, lambda: None)
     for samples in (8, 8, 16):
-        experiments.main(experiments.Config(only="text-bronze", samples=samples))
-    assert scored == [("text-bronze-s0", 8), ("text-bronze-s0", 16)]
-    row = json.loads((docs / "results.json").read_text())["text-bronze-s0"]
+        experiments.main(experiments.Config(only="sds-bronze-s0", samples=samples))
+    assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16)]
+    row = json.loads((docs / "results.json").read_text())["sds-bronze-s0"]
     assert row["samples"] == 16 and row["oracle_l1"] == 0.1
+
+
+def test_true_heads_are_seen_as_the_adapted_ones_are():
+    """Of the source's own domain they are what the source generator draws."""
+    true = experiments.show_truth("person")
+    drawn = experiments.show(load_generator(REPOSITORY / experiments.SOURCE))
+    error = (true - drawn).abs().mean((1, 2, 3))
+    assert true.shape == drawn.shape and error.max() < 0.15
+    assert (true.roll(2, 0) - drawn).abs().mean() > 2 * error.mean()
 
 
 def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
     rows = set((REPOSITORY / "docs/results.md").read_text().splitlines())
     readme = (REPOSITORY / "README.md").read_text().splitlines()
-    shown = [line for line in readme if line.startswith(("| text-", "| image-", "| gca3d"))]
+    shown = [line for line in readme if re.match(r"\| .*\d \(\d", line)]
     assert len(shown) >= 9 and set(shown) <= rows
 
 
