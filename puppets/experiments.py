@@ -15,6 +15,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import train
+from methods import EDITS
 from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
@@ -56,6 +58,8 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "diversity": "diversity",
     "depth_corr": "depth",
     "multiview_px": "multiview [px]",
+    "edit_inside_l1": "L1 to truth in the region",
+    "edit_outside_l1": "L1 to source elsewhere",
     "step_seconds": "s a step",
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
@@ -71,7 +75,7 @@ class Group:
     rows: dict[str, dict]  # Options of train.py by the row's label.
     domains: tuple[str, ...]
     seeds: tuple[int, ...]
-    picture: bool = False  # Whether a reference picture tells the domain, instead of a prompt.
+    told_by: Literal["words", "picture", "edit"] = "words"  # What tells the domain.
 
 
 GROUPS = {
@@ -92,7 +96,7 @@ GROUPS = {
         {OURS: {}, "3D-Adapter": {"method": "3d-adapter"}},
         TABLE,
         (0, 1),
-        picture=True,
+        "picture",
     ),
     "parts": Group(
         "What each part and setting does",
@@ -121,9 +125,24 @@ GROUPS = {
         COMPARED,
         (0,),
     ),
+    "edits": Group(
+        "Local edits",
+        {
+            "DiffusionGAN3D": {"method": "diffusiongan3d", "guidance": 7.5},
+            "without reconstruction": {
+                "method": "diffusiongan3d",
+                "guidance": 7.5,
+                "weights": {"keep": 0.0},
+            },
+            OURS: {},
+        },
+        ("green", "blue", "pink"),
+        (0,),
+        "edit",
+    ),
     "gallery": Group("Other domains", {OURS: {}}, ("zombie", "alien", "wood", "sketch"), (0,)),
     "gallery-pictures": Group(
-        "Other domains, from one picture", {OURS: {}}, ("alien",), (0,), picture=True
+        "Other domains, from one picture", {OURS: {}}, ("alien",), (0,), "picture"
     ),
 }
 
@@ -161,7 +180,9 @@ def main(cfg: Config) -> None:
 def plan() -> dict[str, dict]:
     """Return every run's options for train.py, by the run's name; groups may share runs."""
     return {
-        run_name(group, label, domain, seed): options | target(group, domain) | {"seed": seed}
+        run_name(group, label, domain, seed): options
+        | target(group, options, domain)
+        | {"seed": seed}
         for group in GROUPS.values()
         for seed in group.seeds
         for domain in group.domains
@@ -172,13 +193,17 @@ def plan() -> dict[str, dict]:
 def run_name(group: Group, label: str, domain: str, seed: int) -> str:
     """Return a run's name: label-domain-s<seed>."""
     slug = re.sub(r"[^a-z0-9.]+", "-", label.lower())
-    return f"{slug}{'-picture' if group.picture else ''}-{domain}-s{seed}"
+    told_by = "" if group.told_by == "words" else f"-{group.told_by}"
+    return f"{slug}{told_by}-{domain}-s{seed}"
 
 
-def target(group: Group, domain: str) -> dict:
-    """Return the option that tells the domain."""
-    if group.picture:
+def target(group: Group, options: dict, domain: str) -> dict:
+    """Return the option that tells the domain or, of an edit, the colour of the hair."""
+    if group.told_by == "picture":
         return {"image": DOCS / f"reference-{domain}.png"}
+    if group.told_by == "edit":
+        local = options.get("method") in EDITS
+        return {"edit" if local else "prompt": f"a person with {domain} hair"}
     return {"prompt": DOMAINS[domain].phrases[0]}
 
 
@@ -236,13 +261,13 @@ def write_tables(scores: dict[str, Row]) -> None:
 
 def table_of_means(group: Group, domains: tuple[str, ...], scores: dict[str, Row]) -> list[str]:
     """Return a Markdown row per label that was run on all these domains."""
-    lines = [markdown_row(["", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = {}
     for label in group.rows:
         runs = [[run_name(group, label, d, seed) for d in domains] for seed in group.seeds]
         means = [mean_row([scores[r] for r in row]) for row in runs if scores.keys() >= set(row)]
         if means:
-            lines.append(markdown_row([label, *(cell(means, column) for column in COLUMNS)]))
-    return lines
+            rows[label] = means
+    return markdown_table(rows)
 
 
 def table_of_runs(scores: dict[str, Row]) -> list[str]:
@@ -250,10 +275,15 @@ def table_of_runs(scores: dict[str, Row]) -> list[str]:
     seeds: dict[str, list[Row]] = {}
     for run, row in scores.items():
         seeds.setdefault(run.rpartition("-s")[0], []).append(row)
-    lines = [markdown_row(["run", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, rows in seeds.items():
-        lines.append(markdown_row([mark(name), *(cell(rows, column) for column in COLUMNS)]))
-    return lines
+    return markdown_table({mark(name): rows for name, rows in seeds.items()})
+
+
+def markdown_table(rows: dict[str, list[Row]]) -> list[str]:
+    """Return a Markdown row per label, over its seeds, of the scores that some of them have."""
+    names = [n for n in COLUMNS if any(n in row for seeds in rows.values() for row in seeds)]
+    lines = [["", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
+    lines += [[label, *(cell(seeds, name) for name in names)] for label, seeds in rows.items()]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def mean_row(rows: list[Row]) -> Row:
@@ -262,18 +292,13 @@ def mean_row(rows: list[Row]) -> Row:
     return {n: float(np.mean([row[n] for row in rows])) for n in names}
 
 
-def markdown_row(cells: list[str]) -> str:
-    """Return a row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def mark(name: str) -> str:
     """Return a domain, or a run's name that ends in one, marked if the domain is held out."""
     return f"{name} (held out)" if name.rpartition("-")[2] in HELD_OUT else name
 
 
 def draw_figures() -> None:
-    """Draw source heads above the same heads adapted, in five figures."""
+    """Draw source heads above the same heads adapted, a figure for each comparison."""
     words, pictures, parts = (GROUPS[name] for name in ("words", "pictures", "parts"))
     source = [("source", None, show(load_generator(SOURCE)))]
     gallery = (*TABLE, *GROUPS["gallery"].domains)
@@ -287,6 +312,10 @@ def draw_figures() -> None:
         save_sheet(DOCS / f"figure-methods-{domain}.png", source, rows, truth)
     rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
+    edits = GROUPS["edits"]
+    truth = [("true green hair", None, show_truth("person", "green"))]
+    rows = [(label, None, run_name(edits, label, "green", 0)) for label in edits.rows]
+    save_sheet(DOCS / "figure-edit.png", source, rows, truth)
 
 
 def save_sheet(
@@ -322,14 +351,14 @@ def show(G: TriPlaneGenerator) -> Tensor:
     return torch.cat([render_views(G, seed, SIDES)["image"] for seed in FIGURE_SEEDS])
 
 
-def show_truth(domain: str) -> Tensor:
+def show_truth(domain: str, hair: str | None = None) -> Tensor:
     """Draw the same views of the same heads as a domain's truth, [2 N, 3, 128, 128]."""
     z = torch.cat(
         [torch.from_numpy(np.random.RandomState(s).randn(1, Z_DIM)) for s in FIGURE_SEEDS]
     )
     c = CAMERAS.label(torch.tensor(SIDES), torch.full((len(SIDES),), PITCH))  # [2, 25]
     heads = z.float().repeat_interleave(len(SIDES), 0)
-    return draw_truth(heads, c.repeat(len(FIGURE_SEEDS), 1), domain, size=128)[0]
+    return draw_truth(heads, c.repeat(len(FIGURE_SEEDS), 1), domain, 128, hair)[0]
 
 
 def sheet(rows: list[tuple[str, Image.Image | None, Tensor]], margin: int = 150) -> Image.Image:

@@ -27,6 +27,7 @@ from metrics import angle_deg, distances
 from models.cameras import split_label
 from models.features import ClipFeatures
 from puppets.data import DOMAIN_NAMES
+from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
 from render import load_run, read_picture, to_image
 from runs import fingerprint_generator, locate, run_cli
@@ -112,7 +113,8 @@ def score_run(
         truths: Heads drawn for the runs before, to be used again.
 
     Returns:
-        `oracle_target`, the domain that the truth is drawn in; what `compare` returns; and of the
+        `oracle_target`, the domain that the truth is drawn in; what `compare` returns and, of a
+        prompt such as "a person with green hair", `compare_edit`; and of the
         scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
         `true_identity_top1`, `true_identity_mrr`, `true_diversity`; `fid` and `kid` of the pictures
         and the true ones, if torchmetrics is installed and the row has none of other pictures.
@@ -129,7 +131,7 @@ def score_run(
         raise ValueError(f"{ckpt}: the truth is known only of puppets with --trunc 1")
     if fingerprint_generator(G) != row.get("weights"):
         raise ValueError(f"{ckpt} has changed since eval.py scored it: run eval.py again")
-    domain = target_domain(ckpt, settings, oracle)
+    domain, hair = target_domain(ckpt, settings, oracle), target_hair(settings)
     cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
     source = evaluation.render_source(G_src, 1.0, cfg, sources)
     views = source.views
@@ -138,12 +140,15 @@ def score_run(
         raise ValueError(f"{ckpt}: the pictures are not finite")
 
     c = G.cameras.label(*views.angles.T)  # [N, 25]
-    key = (domain, cfg.samples, cfg.seed)
+    key = (domain, hair, cfg.samples, cfg.seed)
     if key not in truths:
         frontal = G.cameras.frontal(len(c))
-        truths[key] = draw_truth(views.z, c, domain), draw_truth(views.z, frontal, domain)
+        truths[key] = tuple(draw_truth(views.z, view, domain, hair) for view in (c, frontal))
     true_images, true_front = truths[key]
     scores = compare(oracle, images, true_images, views.z, c, domain)
+    if hair:
+        region = edited_region(true_images, draw_truth(views.z, c, domain))
+        scores |= compare_edit(images, source.renders, true_images, region)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
     true = replace(source.renders, image=true_images, front=true_front)
     floor = evaluation.likeness(clip, source, true, cfg)
@@ -175,11 +180,49 @@ def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     return list(known)[similarity.argmax()]
 
 
-def draw_truth(z: Tensor, c: Tensor, domain: str) -> Tensor:
+def target_hair(settings: dict) -> str | None:
+    """Return the odd colour of hair that a prompt asks for, a key of ODD_HAIR."""
+    return next((hair for hair in ODD_HAIR if f"{hair} hair" in (settings["prompt"] or "")), None)
+
+
+def draw_truth(z: Tensor, c: Tensor, domain: str, hair: str | None = None) -> Tensor:
     """Draw heads [N, 16] from cameras [N, 25] in a domain, [N, 3, 128, 128] in [-1, 1]."""
     rows = zip(z.split(1), c.split(1), strict=True)
     bar = tqdm(rows, desc="truth", total=len(z), unit="head", leave=False)
-    return torch.cat([render(*row, domain, size=SIZE)[0] for row in bar])
+    return torch.cat([render(*row, domain, size=SIZE, hair=hair)[0] for row in bar])
+
+
+def edited_region(after: Tensor, before: Tensor, margin: int = 2) -> Tensor:
+    """Return where true pictures [N, 3, H, W] differ, and `margin` pixels around, [N, 1, H, W]."""
+    changed = (after - before).abs().amax(1, keepdim=True) > 0.05
+    return F.max_pool2d(changed.float(), 2 * margin + 1, 1, margin) > 0
+
+
+def compare_edit(
+    images: Tensor, source: evaluation.Renders, truth: Tensor, region: Tensor
+) -> dict[str, float]:
+    """Compare an edit with the true one, where it belongs and where it does not.
+
+    Args:
+        images: Adapted pictures, [N, 3, H, W] in [-1, 1].
+        source: The source's, of the same latents and cameras.
+        truth: The true edited ones, likewise.
+        region: Where the edit belongs, [N, 1, H, W].
+
+    Returns:
+        `edit_inside_l1`, the mean difference to the truth in the region, and what the source has,
+        `source_inside_l1`; `edit_outside_l1`, that to the source on the rest of the head.
+    """
+    images, head = images.clamp(-1, 1), F.interpolate(source.mask, images.shape[2:]) > 0.5
+
+    def l1(a: Tensor, b: Tensor, where: Tensor) -> float:
+        return (a - b).abs().mean(1, keepdim=True)[where].mean().item()
+
+    return {
+        "edit_inside_l1": l1(images, truth, region),
+        "source_inside_l1": l1(source.image.clamp(-1, 1), truth, region),
+        "edit_outside_l1": l1(images, source.image.clamp(-1, 1), head & ~region),
+    }
 
 
 def compare(
