@@ -116,7 +116,7 @@ def load_network(
 
     Raises:
         ValueError: the part is absent or unreadable, was saved from another class, or holds
-            fewer or more weights than the class has by its config.json.
+            fewer or more weights than the class has by its config.json, or NaNs or infinities.
     """
     options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
@@ -138,6 +138,10 @@ def load_network(
         surplus = [k for k in surplus if k.split(".")[0] in own or not OTHER_PARTS.match(k)]
         if surplus:
             raise ValueError(f"weights its config.json leaves out ({len(surplus)}): {surplus[0]}")
+        for name, weight in network.state_dict().items():
+            # Of a NaN both are NaN. One pass without a copy: 0.1 s per GB, isfinite() takes 1 to 2.
+            if not all(extreme.isfinite() for extreme in weight.aminmax()):
+                raise ValueError(f"{name} is not finite as {dtype}")
     return network.eval().requires_grad_(False)
 
 

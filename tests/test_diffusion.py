@@ -510,6 +510,14 @@ def edit_weights(path, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
+def spoil(folder, bad):
+    """Put one number that is none into the last weight of a network's file."""
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    state[max(state)].view(-1)[-1] = float(bad)
+    save_file(state, file, metadata={"format": "pt"})
+
+
 DAMAGES = {
     "no_pipeline": (lambda d: (d / "model_index.json").unlink(), "model_index.json"),
     "no_unet": (lambda d: shutil.rmtree(d / "unet"), "unet"),
@@ -581,6 +589,10 @@ DAMAGES = {
         ),
         "is not finite",
     ),
+    "nan_unet": (lambda d: spoil(d / "unet", "nan"), "is not finite"),
+    "nan_vae": (lambda d: spoil(d / "vae", "nan"), "is not finite"),
+    "infinite_text_encoder": (lambda d: spoil(d / "text_encoder", "inf"), "is not finite"),
+    "infinite_controlnet": (lambda d: spoil(d / "controlnet", "-inf"), "is not finite"),
     "sizes": (lambda d: edit_json(d / "unet/config.json", sample_size=[8, 8]), "sample_size"),
     "no_size": (lambda d: edit_json(d / "unet/config.json", sample_size=None), "sample_size"),
     "no_index": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json"),
@@ -618,6 +630,56 @@ DAMAGES = {
         "ip-adapter-other.bin",
     ),
 }
+
+
+# What would be a traceback or NaNs in the first step: part, setting, value.
+BAD_NUMBERS = [
+    ("unet", "sample_size", 0),
+    ("unet", "sample_size", 10**9),
+    ("unet", "sample_size", True),
+    *[("vae", "scaling_factor", bad) for bad in (None, 0, -1.0, "1", 1e30, torch.nan, torch.inf)],
+    *[("vae", "shift_factor", bad) for bad in ("1", 1e30, torch.nan)],
+    *[("scheduler", "num_train_timesteps", bad) for bad in (0, -1, 10**9, 1000.0, None)],
+    *[("scheduler", "beta_end", bad) for bad in (5.0, 1.5, torch.nan)],
+    ("scheduler", "trained_betas", [0.1, 1.0, 0.1]),
+    ("scheduler", "trained_betas", [0.1, 0.1, 1.1]),
+    ("scheduler", "trained_betas", [-0.1, 0.1, 0.1]),
+    ("scheduler", "trained_betas", [0.0, 0.0, 0.0]),
+    ("scheduler", "trained_betas", []),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), BAD_NUMBERS)
+def test_number_that_cannot_be_calculated_with_is_refused_in_one_line(part, key, value, copy):
+    name = "scheduler_config" if part == "scheduler" else "config"
+    edit_json(copy / part / f"{name}.json", **{key: value})
+    reason = "noise schedule" if "beta" in key else key
+    with pytest.raises(ValueError, match=f"^{copy}/{part}: .*{reason}") as caught:
+        DiffusionPrior.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_vae_of_no_scale_is_refused_in_place_of_the_models_own_too(folder, copy):
+    edit_json(copy / "vae/config.json", scaling_factor=None)
+    with pytest.raises(ValueError, match=f"^{copy}/vae: scaling_factor is None"):
+        DiffusionPrior.from_pretrained(folder, vae=copy)
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["FluxPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", None]
+)
+def test_folder_of_another_pipeline_is_refused(pipeline, copy):
+    edit_json(copy / "model_index.json", _class_name=pipeline)
+    with pytest.raises(ValueError, match=f"^{copy}/model_index.json: holds a {pipeline}, not"):
+        DiffusionPrior.from_pretrained(copy)
+
+
+def test_weights_too_large_for_the_precision_asked_for_are_refused(copy):
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    edit_weights(file, lambda s: s | {"conv_in.bias": 1e6 * torch.ones(16)})
+    DiffusionPrior.from_pretrained(copy)
+    with pytest.raises(ValueError, match=f"^{copy}/unet: conv_in.bias is not finite .*float16"):
+        DiffusionPrior.from_pretrained(copy, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
