@@ -8,6 +8,7 @@ A source is a local folder, for which the network is never tried, or a hub id `u
 import logging
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,7 +200,7 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide loaders' weight bars and logs: what matters in them is checked or raised."""
+    """Hide loaders' weight bars, logs and warnings: what matters in them is checked or raised."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     hub = logging.getLogger("huggingface_hub")  # Which would tell of every new try.
@@ -209,7 +210,10 @@ def quiet_loading() -> Iterator[None]:
         log.set_verbosity(log.CRITICAL)
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers has the hub's library told of an option that it does not know any more.
+            warnings.filterwarnings("ignore", module=r"(huggingface_hub|diffusers|transformers)\b")
+            yield
     finally:
         hub.setLevel(hub_level)
         for log, level, bars in before:

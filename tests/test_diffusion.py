@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -22,6 +23,7 @@ from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lo
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import clip_preprocess, clip_tokenize
+from models.pretrained import quiet_loading
 
 PLUS = "ip_adapter/models/ip-adapter-plus_sd15.bin"
 
@@ -798,7 +800,7 @@ def test_weights_that_are_nowhere_are_refused_by_name(kind, source, folder):
         DiffusionPrior.from_pretrained(folder, **{kind: source})
 
 
-def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
+def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch, capfd, recwarn):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     sources = dict.fromkeys(["source", "controlnet", "ip_adapter", "vae"], "no-user/no-model")
     sources["lora"] = "no-user/no-model/loras/style.safetensors"
@@ -806,6 +808,13 @@ def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
         with pytest.raises(ValueError, match=f"^{source}.*hub") as caught:
             DiffusionPrior.from_pretrained(**({"source": folder} | {kind: source}))
         assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_own_warnings_are_heard_while_loading_is_quiet(recwarn):
+    with quiet_loading():
+        warnings.warn("ours", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn.list] == ["ours"]
 
 
 # LoRA.
