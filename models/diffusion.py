@@ -598,6 +598,8 @@ def _check_adapter(file: str, unet: UNet2DConditionModel) -> None:
     weights = load_state_dict(file)
     if "ip_adapter" in weights:  # A .bin, which nests what a .safetensors names with a dot.
         weights = {f"{part}.{key}": w for part, ws in weights.items() for key, w in ws.items()}
+    if not weights.keys() & {"image_proj.proj.weight", "image_proj.latents"}:
+        raise ValueError("holds no projection of a base or Plus IP-Adapter (image_proj)")
     count = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
     known = {f"ip_adapter.{2 * i + 1}.to_{side}_ip.weight" for i in range(count) for side in "kv"}
     for key, weight in weights.items():

@@ -570,6 +570,19 @@ DAMAGES = {
         lambda d: edit_json(d / "ip_adapter/models/image_encoder/config.json", num_hidden_layers=1),
         "leaves out",
     ),
+    "no_projection": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: {k: v for k, v in s.items() if not k.startswith("image_proj.")},
+        ),
+        "holds no projection",
+    ),
+    "no_projecting_weight": (
+        lambda d: drop_weight(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors", "image_proj.proj.weight"
+        ),
+        "holds no projection",
+    ),
     "surplus_weight": (
         lambda d: edit_weights(
             d / "vae/diffusion_pytorch_model.safetensors",
@@ -873,7 +886,45 @@ def rename(state, old, new):
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 SDXL = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
+KOHYA = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def kohya(state, name=KOHYA, **changes):
+    """Return one layer of a text encoder as kohya's files name it, in place of all the others."""
+    down = torch.linspace(-1, 1, 64).view(2, 32)
+    parts = {"lora_down.weight": down, "lora_up.weight": down.mT.contiguous()}
+    parts = parts | {"alpha": torch.tensor(1.0)} | changes
+    return {f"{name}.{part}": weight for part, weight in parts.items() if weight is not None}
+
+
 MISFITS = {
+    "layer 99 of kohya's": (
+        lambda s: kohya(s, KOHYA.replace("_0_", "_99_")),
+        "no layer for text_encoder.text_model.encoder.layers.99.self_attn.q_proj",
+    ),
+    "rank 0": (
+        lambda s: kohya(
+            s, **{"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0)}
+        ),
+        "has rank 0",
+    ),
+    "three alphas": (lambda s: kohya(s, alpha=torch.ones(3)), f"{KOHYA}.alpha is no number"),
+    "no up": (
+        lambda s: kohya(s, **{"lora_up.weight": None}),
+        f"lacks half of the weights for {KOHYA}",
+    ),
+    "no down": (
+        lambda s: kohya(s, **{"lora_down.weight": None}),
+        f"lacks half of the weights for {KOHYA}",
+    ),
+    "no matrix": (
+        lambda s: s | {f"{TO_Q}.lora_A.weight": torch.ones(32)},
+        "lora_A.weight is [32]",
+    ),
+    "no matrices": (
+        lambda s: s | {f"{TO_Q}.lora_{side}.weight": torch.tensor(1.0) for side in "AB"},
+        "lora_A.weight is []",
+    ),
     "no layer": (lambda s: rename(s, "mid_block", "end_block"), "no layer for unet.end_block"),
     "nothing": (lambda s: rename(s, "unet.", "base_model.model."), "no layer for base_model"),
     "two text encoders": (lambda s: s | {SDXL: torch.zeros(2, 32)}, "no layer for text_encoder_2"),
@@ -909,6 +960,60 @@ def test_lora_that_does_not_fit_is_refused_in_one_line(misfit, folder, lora, cap
     assert message.startswith(f"{lora}: ") and "\n" not in message and len(message) < 500
     assert reason in message
     assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+HEADERS = {
+    "list": ([], "no table"),
+    "number": (1, "no table"),
+    "patterns": ({"unet.alpha_pattern": ["to_q"]}, "no table"),
+    "alpha": ({"unet.lora_alpha": "1"}, "is '1', no number"),
+    "no alpha": ({"unet.lora_alpha": None}, "is None, no number"),
+    "alpha of a layer": ({"unet.alpha_pattern": {"attn1.to_q": [1]}}, "is [1], no number"),
+    "no JSON": ("{", "header is no JSON"),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_lora_with_a_broken_header_is_refused_in_one_line(header, folder, lora):
+    content, reason = HEADERS[header]
+    content = content if header == "no JSON" else json.dumps(content)
+    metadata = {"format": "pt", "lora_adapter_metadata": content}
+    save_file(load_file(lora), lora, metadata=metadata)
+    with pytest.raises(ValueError) as caught:
+        DiffusionPrior.from_pretrained(folder, lora=lora)
+    message = str(caught.value)
+    assert message.startswith(f"{lora}: ") and "\n" not in message
+    assert reason in message.removeprefix(str(lora))
+
+
+@pytest.mark.parametrize("content", [[1], torch.ones(2), {1: torch.ones(2)}, {"x.alpha": 1.0}])
+def test_file_of_other_things_is_no_lora(content, folder, tmp_path):
+    torch.save(content, tmp_path / "style.bin")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/style.bin: .* than named tensors"):
+        DiffusionPrior.from_pretrained(folder, lora=tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj", "out_proj"])
+def test_lora_of_one_attention_layer_is_the_same_in_both_spellings(layer, folder, tmp_path):
+    ours = kohya({}, KOHYA.replace("q_proj", layer))
+    down, up, _ = ours.values()
+    key = f"text_encoder.text_model.encoder.layers.0.self_attn.{layer}"
+    theirs = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    # With an alpha of half the rank.
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 1.0})}
+    save_file(ours, tmp_path / "kohya.safetensors")
+    save_file(theirs, tmp_path / "peft.safetensors", metadata=header)
+    a, b = (
+        DiffusionPrior.from_pretrained(folder, lora=tmp_path / f"{name}.safetensors")
+        for name in ("kohya", "peft")
+    )
+    weights = a.text_encoder.state_dict()
+    assert all(torch.equal(weights[k], w) for k, w in b.text_encoder.state_dict().items())
+    plain = DiffusionPrior.from_pretrained(folder).text_encoder.state_dict()
+    name = next(k for k in weights if k.endswith(f"layers.0.self_attn.{layer}.weight"))
+    change = 0.5 * up @ down
+    torch.testing.assert_close(weights[name] - plain[name], change, atol=1e-6, rtol=1e-5)
+    assert sum(not torch.equal(weights[k], plain[k]) for k in weights) == 1
 
 
 def test_one_of_several_loras_in_a_folder_must_be_named(folder, lora):
