@@ -107,7 +107,7 @@ def load_network(
     """Load a network and freeze it: eval mode, and no parameter wants a gradient.
 
     Weights are .safetensors or else .bin, of which nothing is executed; a local folder may hold
-    them as variant "fp16" alone.
+    them as variant "fp16" alone, and in several .bin files.
 
     Args:
         cls: A model class of diffusers or transformers.
@@ -127,7 +127,7 @@ def load_network(
                 raise ValueError(f"holds {saved_class}, not {cls.__name__}")
         else:  # transformers, which then reports misshapen weights below instead of at length
             options["ignore_mismatched_sizes"] = True
-        options["variant"] = _variant(Path(source, subfolder))
+        options |= _file_options(Path(source, subfolder))
         options |= {"dtype": dtype, "output_loading_info": True}
         network, info = cls.from_pretrained(source, **options)
         bad = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -222,8 +222,12 @@ def quiet_loading() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def _variant(folder: Path) -> str | None:
-    """Return "fp16" for a local folder that has weights of that variant and no plain ones."""
+def _file_options(folder: Path) -> dict:
+    """Return which of a local folder's weights to load: "fp16" or .bin if there are no others."""
     names = weight_files(folder, "*")
     plain = any(re.fullmatch(r"(\w+_)?model(-\d+-of-\d+)?\.\w+", name) for name in names)
-    return "fp16" if any(".fp16" in name for name in names) and not plain else None
+    half = any(".fp16" in name for name in names) and not plain
+    suffixes = {Path(name).suffix for name in names if (".fp16" in name) == half}
+    # Unless it is told, diffusers finds one .bin, but not several.
+    safe = False if suffixes == {".bin"} else None
+    return {"variant": "fp16" if half else None, "use_safetensors": safe}

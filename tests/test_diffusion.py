@@ -19,6 +19,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lora
+from transformers import CLIPTextModel
 
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
@@ -473,6 +474,52 @@ def test_folder_of_bin_files_alone_is_loaded(prior, copy):
     assert torch.equal(pickled.encode_reference(picture()), prior.encode_reference(picture()))
 
 
+SHARDED = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "controlnet": diffusers.ControlNetModel,
+    "text_encoder": CLIPTextModel,
+}
+
+
+@pytest.fixture
+def shards(copy):
+    """A folder whose networks are split among several .bin files."""
+    for part, network in SHARDED.items():
+        network = network.from_pretrained(copy / part)
+        shutil.rmtree(copy / part)
+        # transformers writes no .bin any more.
+        pickled = {} if part == "text_encoder" else {"safe_serialization": False}
+        network.save_pretrained(copy / part, max_shard_size="100KB", **pickled)
+    return copy
+
+
+def test_networks_in_several_bin_files_are_loaded(shards, prior):
+    assert len([*shards.glob("unet/*-of-*.bin")]) > 2 and not [*shards.glob("unet/*.safetensors")]
+    loaded = DiffusionPrior.from_pretrained(shards)
+    for part in SHARDED:
+        ours, theirs = (getattr(p, part).state_dict() for p in (loaded, prior))
+        for key, weight in theirs.items():
+            assert torch.equal(ours[key], weight), key
+
+
+def test_networks_in_several_half_precision_bin_files_are_loaded(copy, prior):
+    network = SHARDED["vae"].from_pretrained(copy / "vae").half()
+    shutil.rmtree(copy / "vae")
+    options = {"max_shard_size": "100KB", "safe_serialization": False, "variant": "fp16"}
+    network.save_pretrained(copy / "vae", **options)
+    weight = DiffusionPrior.from_pretrained(copy).vae.encoder.conv_in.weight
+    assert torch.equal(weight, prior.vae.encoder.conv_in.weight.half().float())
+
+
+def test_lost_bin_file_of_several_is_refused_by_name(shards):
+    lost = min(shards.glob("unet/*.bin"))
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"^{shards}/unet: .*{lost.name}") as caught:
+        DiffusionPrior.from_pretrained(shards)
+    assert "\n" not in str(caught.value)
+
+
 class Attack:
     """A pickle of it makes the file `hacked` when it is read carelessly."""
 
@@ -490,6 +537,14 @@ def test_code_hidden_in_a_bin_file_is_never_run(part, copy, tmp_path):
     torch.save({"weight": Attack(tmp_path / "hacked")}, file)
     with pytest.raises(ValueError, match=str(copy / part)):
         DiffusionPrior.from_pretrained(copy)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_code_hidden_in_one_of_several_bin_files_is_never_run(shards, tmp_path):
+    for file in shards.glob("unet/*.bin"):
+        torch.save({"weight": Attack(tmp_path / "hacked")}, file)
+    with pytest.raises(ValueError, match=f"^{shards}/unet: "):
+        DiffusionPrior.from_pretrained(shards)
     assert not (tmp_path / "hacked").exists()
 
 
