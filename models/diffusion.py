@@ -26,6 +26,7 @@ from diffusers.models.modeling_utils import load_state_dict
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from models.cameras import is_number
 from models.features import clip_preprocess, clip_tokenize
 from models.lora import fuse_lora
 from models.pretrained import (
@@ -41,6 +42,8 @@ from models.pretrained import (
 
 IP_ADAPTER_FILE = "ip-adapter_sd15.safetensors"  # The usual one of several in a folder.
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+MAX_STEPS = 100_000  # Of a noise schedule; Stable Diffusion has 1000.
+MAX_CELLS = 512  # Of latents along a side; Stable Diffusion has 64 or 96.
 TEXT_WIDTHS = {"768": " (Stable Diffusion 1.x)", "1024": " (Stable Diffusion 2.x)"}
 # What a config must say, since anything else would be ignored here or fail in the first step.
 UNET_CONFIG = {
@@ -423,7 +426,7 @@ def _check_index(path: Path) -> None:
         raise ValueError(f"{path.parent}: not a diffusers folder, it has no model_index.json")
     with one_line_errors(str(path.parent), path.name):
         pipeline = json.loads(path.read_text())["_class_name"]
-        if re.search("XL|Diffusion3", pipeline):
+        if not re.match("StableDiffusion(?!3|.*XL)", str(pipeline)):
             raise ValueError(f"holds a {pipeline}, not Stable Diffusion 1.x or 2.x")
 
 
@@ -448,9 +451,17 @@ def _load_scheduler(source: str) -> DDPMScheduler:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type is {prediction}, not epsilon or v_prediction")
+        steps = config.get("num_train_timesteps", 1000)
+        if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {MAX_STEPS}")
         scheduler = DDPMScheduler.from_pretrained(source, **options)
-        if not scheduler.alphas_cumprod.isfinite().all():
+        shares = scheduler.alphas_cumprod
+        if not shares.isfinite().all():
             raise ValueError("its noise schedule is not finite")
+        falls = len(shares) and shares[0] <= 1 and (shares.diff() <= 0).all()
+        # Nothing of the signal may be left at the last step, as in version 2.1, but not before.
+        if not falls or (shares[:-1] <= 0).any() or not 0 <= shares[-1] < 1:
+            raise ValueError("its noise schedule does not fall from at most 1 to at least 0")
     return scheduler
 
 
@@ -489,6 +500,11 @@ def _vae_config(source: str, subfolder: str) -> dict:
         saved_class = config.get("_class_name")
         if saved_class not in VAE_CLASSES:
             raise ValueError(f"holds {saved_class}, not {' or '.join(VAE_CLASSES)}")
+        scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+        if not is_number(scale) or scale <= 0:
+            raise ValueError(f"scaling_factor is {scale!r}, no positive number")
+        if not is_number(shift or 0.0):
+            raise ValueError(f"shift_factor is {shift!r}, no number")
     return config
 
 
@@ -524,8 +540,11 @@ def _check_fit(
                 f"{ours}{TEXT_WIDTHS.get(ours, '')}, but {other_key} of the "
                 f"{type(other).__name__} {theirs}{TEXT_WIDTHS.get(theirs, '')}"
             )
-    if type(unet.config.sample_size) is not int:
-        raise ValueError(f"{source}: sample_size is {unet.config.sample_size}, no number of cells")
+    cells = unet.config.sample_size
+    if type(cells) is not int or not 1 <= cells <= MAX_CELLS:
+        raise ValueError(
+            f"{source}/unet: sample_size is {cells!r}, no number of cells from 1 to {MAX_CELLS}"
+        )
     if len(tokenizer) > text_encoder.config.vocab_size:
         raise ValueError(
             f"{source}: the tokenizer has {len(tokenizer)} words, the text encoder "
@@ -579,6 +598,8 @@ def _check_adapter(file: str, unet: UNet2DConditionModel) -> None:
     weights = load_state_dict(file)
     if "ip_adapter" in weights:  # A .bin, which nests what a .safetensors names with a dot.
         weights = {f"{part}.{key}": w for part, ws in weights.items() for key, w in ws.items()}
+    if not weights.keys() & {"image_proj.proj.weight", "image_proj.latents"}:
+        raise ValueError("holds no projection of a base or Plus IP-Adapter (image_proj)")
     count = sum(name.endswith("attn2.processor") for name in unet.attn_processors)
     known = {f"ip_adapter.{2 * i + 1}.to_{side}_ip.weight" for i in range(count) for side in "kv"}
     for key, weight in weights.items():

@@ -22,6 +22,8 @@ from huggingface_hub import (
 )
 from tqdm import tqdm
 
+# What the hub takes in a file's path: anything but control characters and what leaves the folder.
+FILE_PART = r"(?!\.{1,2}(?:/|$)|\.git(?:/|$))[^/\x00-\x1f\x7f]{1,255}"
 PART = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"  # Not \w, which knows more letters.
 HUB_ID = f"{PART}/{PART}"
 TIMEOUT = 20  # Of any wait for a server [s].
@@ -40,7 +42,7 @@ def fetch(name: str) -> Path:
     """
     if re.match("https?://", name, re.IGNORECASE):
         return fetch_url(name)
-    if match := re.fullmatch(f"({HUB_ID})/({PART}(?:/{PART})*)", name):
+    if match := re.fullmatch(f"({HUB_ID})/({FILE_PART}(?:/{FILE_PART})*)", name):
         return fetch_hub_file(*match.groups())
     name = " ".join(name.split())
     hint = f". {MIRRORS}" if name.endswith(".pkl") else ""
@@ -78,7 +80,10 @@ def fetch_url(url: str) -> Path:
     Raises:
         ValueError: there is none and it cannot be downloaded.
     """
+    shown = re.sub("^([^/]*//)[^/]*@", r"\1", url)  # Without a password.
     try:
+        if shown != url:
+            raise ValueError("user names and passwords in URLs are not supported")
         name = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
         name = re.sub("[^A-Za-z0-9_.-]", "_", name)[-100:]
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -91,7 +96,6 @@ def fetch_url(url: str) -> Path:
         with urlopen(url, timeout=TIMEOUT) as response:
             save_response(response, path)
     except (OSError, HTTPException, ValueError) as error:
-        shown = re.sub("//[^/@]*@", "//", url)  # Without a password.
         reason = " ".join(str(error).split())
         raise ValueError(f"{shown} cannot be downloaded: {reason}. {MIRRORS}") from error
     return path

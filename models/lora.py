@@ -4,24 +4,24 @@ Files are in kohya's or diffusers' format. diffusers translates their names; the
 ranks and scales may differ from layer to layer.
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import load_state_dict
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from models.cameras import is_number
 from models.pretrained import fetch_weights, find_weights, one_line_errors, quiet_loading
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # The usual one of several in a folder.
 SIDES = (".lora_A.weight", ".lora_B.weight")
+KOHYA_SIDES = (".lora_down.weight", ".lora_up.weight")
 
 
 def fuse_lora(
@@ -41,11 +41,13 @@ def fuse_lora(
         from diffusers.loaders import StableDiffusionLoraLoaderMixin  # Its import logs warnings.
 
         file = fetch_weights(root, subfolder, name)
-        if any("dora_scale" in key or "magnitude" in key for key in load_state_dict(file)):
-            raise ValueError("is a DoRA, which scales weights too; only LoRA is supported")
-        weights, alphas, header = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            file, return_lora_metadata=True
-        )
+        _check_file(load_state_dict(file))
+        try:
+            weights, alphas, header = StableDiffusionLoraLoaderMixin.lora_state_dict(
+                file, return_lora_metadata=True
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"its header is no JSON ({error})") from error
         names = _peft_names(weights)
         for layer_name, layer in _find_layers(names, unet, text_encoder).items():
             down, up = (weights[names[layer_name + side]].float() for side in SIDES)
@@ -53,11 +55,26 @@ def fuse_lora(
             # By kohya's names, those of diffusers' attention processors ending in another way.
             alpha = (alphas or {}).get(names[layer_name + SIDES[0]].split(".lora.")[0] + ".alpha")
             if alpha is None:
-                alpha = _header_alpha(layer_name, len(down), header or {})
+                alpha = _header_alpha(layer_name, len(down), {} if header is None else header)
             with torch.no_grad():
                 layer.weight.copy_(layer.weight.float() + scale * alpha / len(down) * change)
             if not layer.weight.isfinite().all():
                 raise ValueError(f"makes NaNs or infinities of {layer_name}")
+
+
+def _check_file(state: dict[str, Tensor]) -> None:
+    """Refuse what diffusers would leave out, or stumble over without saying why."""
+    pairs = state.items() if isinstance(state, dict) else [(None, state)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        raise ValueError("holds something else than named tensors")
+    if any("dora_scale" in key or "magnitude" in key for key in state):
+        raise ValueError("is a DoRA, which scales weights too; only LoRA is supported")
+    down, up = ({k.removesuffix(s) for k in state if k.endswith(s)} for s in KOHYA_SIDES)
+    if down != up:
+        raise ValueError(f"lacks half of the weights for {min(down ^ up)}")
+    for key, value in state.items():
+        if key.endswith(".alpha") and value.numel() != 1:
+            raise ValueError(f"{key} is no number, its shape is {list(value.shape)}")
 
 
 def _peft_names(weights: dict[str, Tensor]) -> dict[str, str]:
@@ -68,8 +85,8 @@ def _peft_names(weights: dict[str, Tensor]) -> dict[str, str]:
     if others:
         raise ValueError(f"is of another model: no layer for {min(others)}")
     names = convert_unet_state_dict_to_peft(of_unet)
-    if of_text:
-        names |= convert_state_dict_to_peft(convert_state_dict_to_diffusers(of_text))
+    # Of the oldest names all others are part, and which they are cannot be told from a few layers.
+    names |= convert_state_dict_to_peft(of_text, StateDictType.DIFFUSERS_OLD)
     unknown = [name for name in names if not name.endswith(SIDES)]
     if unknown:
         raise ValueError(f"holds more than LoRA weights: {min(unknown)}")
@@ -103,21 +120,27 @@ def _change(name: str, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
     `down` is [rank, in, ...], `up` [out, rank, ...] with nothing but ones at the end.
     """
-    ours = (down.shape[1:], up.flatten(1).shape)
-    if ours != (weight.shape[1:], (len(weight), len(down))):
+    fits = down.ndim > 1 and down.shape[1:] == weight.shape[1:] and up.ndim > 1
+    if not fits or up.flatten(1).shape != (len(weight), len(down)):
         raise ValueError(
             f"is of another model: {name}.lora_A.weight is {list(down.shape)}, "
             f"lora_B.weight {list(up.shape)}, the layer's weight {list(weight.shape)}"
         )
+    if not len(down):
+        raise ValueError(f"has rank 0 in {name}")
     return (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def _header_alpha(layer_name: str, rank: int, header: dict) -> float:
     """Return a layer's alpha by the header of diffusers' files; without one it is the rank."""
     part, _, layer = layer_name.partition(".")
+    patterns = (header.get(f"{part}.alpha_pattern") or {}) if isinstance(header, dict) else None
+    if not isinstance(patterns, dict):
+        raise ValueError("its header is no table of settings")
     if header.get(f"{part}.use_rslora") or header.get(f"{part}.use_dora"):
         raise ValueError("is a DoRA or rank-stabilised; only plain LoRA is supported")
-    for pattern, alpha in header.get(f"{part}.alpha_pattern", {}).items():
-        if f".{layer}".endswith(f".{pattern}"):
-            return alpha
-    return header.get(f"{part}.lora_alpha", rank)
+    own = (patterns[pattern] for pattern in patterns if f".{layer}".endswith(f".{pattern}"))
+    alpha = next(own, header.get(f"{part}.lora_alpha", rank))
+    if not is_number(alpha):
+        raise ValueError(f"its header's alpha of {layer_name} is {alpha!r}, no number")
+    return alpha

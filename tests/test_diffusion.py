@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -18,10 +19,12 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lora
+from transformers import CLIPTextModel
 
 from losses import dsds_loss, guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import clip_preprocess, clip_tokenize
+from models.pretrained import quiet_loading
 
 PLUS = "ip_adapter/models/ip-adapter-plus_sd15.bin"
 
@@ -471,6 +474,52 @@ def test_folder_of_bin_files_alone_is_loaded(prior, copy):
     assert torch.equal(pickled.encode_reference(picture()), prior.encode_reference(picture()))
 
 
+SHARDED = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "controlnet": diffusers.ControlNetModel,
+    "text_encoder": CLIPTextModel,
+}
+
+
+@pytest.fixture
+def shards(copy):
+    """A folder whose networks are split among several .bin files."""
+    for part, network in SHARDED.items():
+        network = network.from_pretrained(copy / part)
+        shutil.rmtree(copy / part)
+        # transformers writes no .bin any more.
+        pickled = {} if part == "text_encoder" else {"safe_serialization": False}
+        network.save_pretrained(copy / part, max_shard_size="100KB", **pickled)
+    return copy
+
+
+def test_networks_in_several_bin_files_are_loaded(shards, prior):
+    assert len([*shards.glob("unet/*-of-*.bin")]) > 2 and not [*shards.glob("unet/*.safetensors")]
+    loaded = DiffusionPrior.from_pretrained(shards)
+    for part in SHARDED:
+        ours, theirs = (getattr(p, part).state_dict() for p in (loaded, prior))
+        for key, weight in theirs.items():
+            assert torch.equal(ours[key], weight), key
+
+
+def test_networks_in_several_half_precision_bin_files_are_loaded(copy, prior):
+    network = SHARDED["vae"].from_pretrained(copy / "vae").half()
+    shutil.rmtree(copy / "vae")
+    options = {"max_shard_size": "100KB", "safe_serialization": False, "variant": "fp16"}
+    network.save_pretrained(copy / "vae", **options)
+    weight = DiffusionPrior.from_pretrained(copy).vae.encoder.conv_in.weight
+    assert torch.equal(weight, prior.vae.encoder.conv_in.weight.half().float())
+
+
+def test_lost_bin_file_of_several_is_refused_by_name(shards):
+    lost = min(shards.glob("unet/*.bin"))
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"^{shards}/unet: .*{lost.name}") as caught:
+        DiffusionPrior.from_pretrained(shards)
+    assert "\n" not in str(caught.value)
+
+
 class Attack:
     """A pickle of it makes the file `hacked` when it is read carelessly."""
 
@@ -491,6 +540,14 @@ def test_code_hidden_in_a_bin_file_is_never_run(part, copy, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+def test_code_hidden_in_one_of_several_bin_files_is_never_run(shards, tmp_path):
+    for file in shards.glob("unet/*.bin"):
+        torch.save({"weight": Attack(tmp_path / "hacked")}, file)
+    with pytest.raises(ValueError, match=f"^{shards}/unet: "):
+        DiffusionPrior.from_pretrained(shards)
+    assert not (tmp_path / "hacked").exists()
+
+
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -508,6 +565,14 @@ def replace(target, source):
 
 def edit_weights(path, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def spoil(folder, bad):
+    """Put one number that is none into the last weight of a network's file."""
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    state[max(state)].view(-1)[-1] = float(bad)
+    save_file(state, file, metadata={"format": "pt"})
 
 
 DAMAGES = {
@@ -560,6 +625,19 @@ DAMAGES = {
         lambda d: edit_json(d / "ip_adapter/models/image_encoder/config.json", num_hidden_layers=1),
         "leaves out",
     ),
+    "no_projection": (
+        lambda d: edit_weights(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors",
+            lambda s: {k: v for k, v in s.items() if not k.startswith("image_proj.")},
+        ),
+        "holds no projection",
+    ),
+    "no_projecting_weight": (
+        lambda d: drop_weight(
+            d / "ip_adapter/models/ip-adapter_sd15.safetensors", "image_proj.proj.weight"
+        ),
+        "holds no projection",
+    ),
     "surplus_weight": (
         lambda d: edit_weights(
             d / "vae/diffusion_pytorch_model.safetensors",
@@ -581,6 +659,10 @@ DAMAGES = {
         ),
         "is not finite",
     ),
+    "nan_unet": (lambda d: spoil(d / "unet", "nan"), "is not finite"),
+    "nan_vae": (lambda d: spoil(d / "vae", "nan"), "is not finite"),
+    "infinite_text_encoder": (lambda d: spoil(d / "text_encoder", "inf"), "is not finite"),
+    "infinite_controlnet": (lambda d: spoil(d / "controlnet", "-inf"), "is not finite"),
     "sizes": (lambda d: edit_json(d / "unet/config.json", sample_size=[8, 8]), "sample_size"),
     "no_size": (lambda d: edit_json(d / "unet/config.json", sample_size=None), "sample_size"),
     "no_index": (lambda d: (d / "model_index.json").write_text("{"), "model_index.json"),
@@ -618,6 +700,56 @@ DAMAGES = {
         "ip-adapter-other.bin",
     ),
 }
+
+
+# What would be a traceback or NaNs in the first step: part, setting, value.
+BAD_NUMBERS = [
+    ("unet", "sample_size", 0),
+    ("unet", "sample_size", 10**9),
+    ("unet", "sample_size", True),
+    *[("vae", "scaling_factor", bad) for bad in (None, 0, -1.0, "1", 1e30, torch.nan, torch.inf)],
+    *[("vae", "shift_factor", bad) for bad in ("1", 1e30, torch.nan)],
+    *[("scheduler", "num_train_timesteps", bad) for bad in (0, -1, 10**9, 1000.0, None)],
+    *[("scheduler", "beta_end", bad) for bad in (5.0, 1.5, torch.nan)],
+    ("scheduler", "trained_betas", [0.1, 1.0, 0.1]),
+    ("scheduler", "trained_betas", [0.1, 0.1, 1.1]),
+    ("scheduler", "trained_betas", [-0.1, 0.1, 0.1]),
+    ("scheduler", "trained_betas", [0.0, 0.0, 0.0]),
+    ("scheduler", "trained_betas", []),
+]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), BAD_NUMBERS)
+def test_number_that_cannot_be_calculated_with_is_refused_in_one_line(part, key, value, copy):
+    name = "scheduler_config" if part == "scheduler" else "config"
+    edit_json(copy / part / f"{name}.json", **{key: value})
+    reason = "noise schedule" if "beta" in key else key
+    with pytest.raises(ValueError, match=f"^{copy}/{part}: .*{reason}") as caught:
+        DiffusionPrior.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_vae_of_no_scale_is_refused_in_place_of_the_models_own_too(folder, copy):
+    edit_json(copy / "vae/config.json", scaling_factor=None)
+    with pytest.raises(ValueError, match=f"^{copy}/vae: scaling_factor is None"):
+        DiffusionPrior.from_pretrained(folder, vae=copy)
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["FluxPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", None]
+)
+def test_folder_of_another_pipeline_is_refused(pipeline, copy):
+    edit_json(copy / "model_index.json", _class_name=pipeline)
+    with pytest.raises(ValueError, match=f"^{copy}/model_index.json: holds a {pipeline}, not"):
+        DiffusionPrior.from_pretrained(copy)
+
+
+def test_weights_too_large_for_the_precision_asked_for_are_refused(copy):
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    edit_weights(file, lambda s: s | {"conv_in.bias": 1e6 * torch.ones(16)})
+    DiffusionPrior.from_pretrained(copy)
+    with pytest.raises(ValueError, match=f"^{copy}/unet: conv_in.bias is not finite .*float16"):
+        DiffusionPrior.from_pretrained(copy, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -736,7 +868,7 @@ def test_weights_that_are_nowhere_are_refused_by_name(kind, source, folder):
         DiffusionPrior.from_pretrained(folder, **{kind: source})
 
 
-def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
+def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch, capfd, recwarn):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     sources = dict.fromkeys(["source", "controlnet", "ip_adapter", "vae"], "no-user/no-model")
     sources["lora"] = "no-user/no-model/loras/style.safetensors"
@@ -744,6 +876,13 @@ def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch):
         with pytest.raises(ValueError, match=f"^{source}.*hub") as caught:
             DiffusionPrior.from_pretrained(**({"source": folder} | {kind: source}))
         assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_own_warnings_are_heard_while_loading_is_quiet(recwarn):
+    with quiet_loading():
+        warnings.warn("ours", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in recwarn.list] == ["ours"]
 
 
 # LoRA.
@@ -802,7 +941,45 @@ def rename(state, old, new):
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 SDXL = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
+KOHYA = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def kohya(state, name=KOHYA, **changes):
+    """Return one layer of a text encoder as kohya's files name it, in place of all the others."""
+    down = torch.linspace(-1, 1, 64).view(2, 32)
+    parts = {"lora_down.weight": down, "lora_up.weight": down.mT.contiguous()}
+    parts = parts | {"alpha": torch.tensor(1.0)} | changes
+    return {f"{name}.{part}": weight for part, weight in parts.items() if weight is not None}
+
+
 MISFITS = {
+    "layer 99 of kohya's": (
+        lambda s: kohya(s, KOHYA.replace("_0_", "_99_")),
+        "no layer for text_encoder.text_model.encoder.layers.99.self_attn.q_proj",
+    ),
+    "rank 0": (
+        lambda s: kohya(
+            s, **{"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0)}
+        ),
+        "has rank 0",
+    ),
+    "three alphas": (lambda s: kohya(s, alpha=torch.ones(3)), f"{KOHYA}.alpha is no number"),
+    "no up": (
+        lambda s: kohya(s, **{"lora_up.weight": None}),
+        f"lacks half of the weights for {KOHYA}",
+    ),
+    "no down": (
+        lambda s: kohya(s, **{"lora_down.weight": None}),
+        f"lacks half of the weights for {KOHYA}",
+    ),
+    "no matrix": (
+        lambda s: s | {f"{TO_Q}.lora_A.weight": torch.ones(32)},
+        "lora_A.weight is [32]",
+    ),
+    "no matrices": (
+        lambda s: s | {f"{TO_Q}.lora_{side}.weight": torch.tensor(1.0) for side in "AB"},
+        "lora_A.weight is []",
+    ),
     "no layer": (lambda s: rename(s, "mid_block", "end_block"), "no layer for unet.end_block"),
     "nothing": (lambda s: rename(s, "unet.", "base_model.model."), "no layer for base_model"),
     "two text encoders": (lambda s: s | {SDXL: torch.zeros(2, 32)}, "no layer for text_encoder_2"),
@@ -838,6 +1015,60 @@ def test_lora_that_does_not_fit_is_refused_in_one_line(misfit, folder, lora, cap
     assert message.startswith(f"{lora}: ") and "\n" not in message and len(message) < 500
     assert reason in message
     assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+HEADERS = {
+    "list": ([], "no table"),
+    "number": (1, "no table"),
+    "patterns": ({"unet.alpha_pattern": ["to_q"]}, "no table"),
+    "alpha": ({"unet.lora_alpha": "1"}, "is '1', no number"),
+    "no alpha": ({"unet.lora_alpha": None}, "is None, no number"),
+    "alpha of a layer": ({"unet.alpha_pattern": {"attn1.to_q": [1]}}, "is [1], no number"),
+    "no JSON": ("{", "header is no JSON"),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_lora_with_a_broken_header_is_refused_in_one_line(header, folder, lora):
+    content, reason = HEADERS[header]
+    content = content if header == "no JSON" else json.dumps(content)
+    metadata = {"format": "pt", "lora_adapter_metadata": content}
+    save_file(load_file(lora), lora, metadata=metadata)
+    with pytest.raises(ValueError) as caught:
+        DiffusionPrior.from_pretrained(folder, lora=lora)
+    message = str(caught.value)
+    assert message.startswith(f"{lora}: ") and "\n" not in message
+    assert reason in message.removeprefix(str(lora))
+
+
+@pytest.mark.parametrize("content", [[1], torch.ones(2), {1: torch.ones(2)}, {"x.alpha": 1.0}])
+def test_file_of_other_things_is_no_lora(content, folder, tmp_path):
+    torch.save(content, tmp_path / "style.bin")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/style.bin: .* than named tensors"):
+        DiffusionPrior.from_pretrained(folder, lora=tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj", "out_proj"])
+def test_lora_of_one_attention_layer_is_the_same_in_both_spellings(layer, folder, tmp_path):
+    ours = kohya({}, KOHYA.replace("q_proj", layer))
+    down, up, _ = ours.values()
+    key = f"text_encoder.text_model.encoder.layers.0.self_attn.{layer}"
+    theirs = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    # With an alpha of half the rank.
+    header = {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 1.0})}
+    save_file(ours, tmp_path / "kohya.safetensors")
+    save_file(theirs, tmp_path / "peft.safetensors", metadata=header)
+    a, b = (
+        DiffusionPrior.from_pretrained(folder, lora=tmp_path / f"{name}.safetensors")
+        for name in ("kohya", "peft")
+    )
+    weights = a.text_encoder.state_dict()
+    assert all(torch.equal(weights[k], w) for k, w in b.text_encoder.state_dict().items())
+    plain = DiffusionPrior.from_pretrained(folder).text_encoder.state_dict()
+    name = next(k for k in weights if k.endswith(f"layers.0.self_attn.{layer}.weight"))
+    change = 0.5 * up @ down
+    torch.testing.assert_close(weights[name] - plain[name], change, atol=1e-6, rtol=1e-5)
+    assert sum(not torch.equal(weights[k], plain[k]) for k in weights) == 1
 
 
 def test_one_of_several_loras_in_a_folder_must_be_named(folder, lora):
