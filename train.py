@@ -88,9 +88,9 @@ BASES = {
         "diffusion": "checkpoints/puppets/diffusion",
         "features": "checkpoints/puppets/dino",
         "clip": "checkpoints/puppets/clip",
-        "steps": 100,
+        "steps": 50,
         "batch": 4,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "guidance": 3.0,
         "t_range": (0.02, 0.98),
         "save_every": 25,
@@ -106,7 +106,7 @@ EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {
     # A delta would double what UNet and ControlNet cost, which on real models is most of a step.
-    ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 1.0}
+    ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5}
 }
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.

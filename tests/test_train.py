@@ -433,6 +433,7 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
     )
     condition_src = prior.condition("a photo of a person", None, 1.0, 1.0)
     baseline = source_noise(prior, latents_src, condition_src, t, noise, 3.0, depth)
+    baseline = noise.lerp(baseline, 0.5)
     sds = sds_loss(prior, latents, condition, t, noise, 3.0, depth, mask, baseline).sum() / side**2
     tokens = vit.tokens(images), vit.tokens(source["image"])
     fine_last = (1 / 6, 2 / 6, 3 / 6)
