@@ -7,7 +7,6 @@ counts; a state dict holds no configuration, so its shapes must be a released ne
 
 import itertools
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
-from models.pickles import Inert, Stored, read_pickle
+from models.pickles import Inert, Storage, Stored, read_pickle, read_saved
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)
@@ -96,19 +95,14 @@ def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
             released network; the message names no file.
     """
     try:
-        if zipfile.is_zipfile(path):
-            records = zipfile.ZipFile(path).infolist()
-            if sum(record.file_size for record in records) > path.stat().st_size:
-                raise ValueError("compressed")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # The libraries raise a dozen types, some with advice on how to execute what is in the file.
-    except Exception as error:
+        content = read_saved(path)
+    except ValueError as error:
         reason = "it is damaged, compressed, or holds more than tensors and numbers"
         raise ValueError(reason) from error
     for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
-        if isinstance(content, dict):
+        if type(content) is dict:
             content = content.get(wrapper, content)
-    if not (isinstance(content, dict) and all(map(is_weight, content, content.values()))):
+    if not (type(content) is dict and content and all(map(is_weight, content.values()))):
         raise ValueError("it holds no state dict of real numbers")
     content = {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -126,7 +120,8 @@ def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
         "neural_rendering_resolution": neural_rendering_resolution,
         "plane_axes": PLANE_AXES,
     }
-    return header, {name: tensor.float().contiguous() for name, tensor in content.items()}
+    # Their sizes are known by now, so that those of few numbers may be expanded to them.
+    return header, {name: value.load(expanded=True).float() for name, value in content.items()}
 
 
 def find_generator(content: Any) -> Inert:
@@ -248,10 +243,11 @@ def is_small(tensor: Stored) -> bool:
     return type(tensor.storage) is memoryview and len(tensor.storage) <= MAX_STORAGE
 
 
-def is_weight(name: Any, value: Any) -> bool:
-    """Whether an entry of a state dict is one: real numbers under a name, in memory."""
-    real = isinstance(value, Tensor) and value.is_floating_point()
-    return type(name) is str and real and (value.layout, value.is_meta) == (torch.strided, False)
+def is_weight(value: Any) -> bool:
+    """Whether an entry of a state dict is one: real numbers in the file."""
+    storage = value.storage if type(value) is Stored else None
+    dtype = storage.dtype if type(storage) is Storage else None
+    return dtype is not None and dtype.is_floating_point
 
 
 def released_arguments(img_resolution: int) -> dict[str, Any]:
@@ -267,13 +263,13 @@ def released_arguments(img_resolution: int) -> dict[str, Any]:
     }
 
 
-def recognise(tensors: dict[str, Tensor], names: tuple[str, ...]) -> str:
+def recognise(tensors: dict[str, Stored], names: tuple[str, ...]) -> str:
     """Return which of the released networks of these names has tensors of these shapes.
 
     Raises:
         ValueError: none; naming a difference to the most similar.
     """
-    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    given = {name: list(tensor.shape()) for name, tensor in tensors.items()}
     differences = {}
     for name in names:
         img_resolution, _, rendering_kwargs = RELEASED[name]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +27,7 @@ import convert
 from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle
-from models.pickles import OPCODES, read_pickle
+from models.pickles import OPCODES, Stored, read_pickle, read_saved
 
 DATA = Path(__file__).parent / "data"
 
@@ -294,6 +295,154 @@ def test_zip_bomb_is_refused_at_once():
     with mock.patch("torch.load") as load:
         assert "compressed" in refuse("g.pth")
     load.assert_not_called()
+
+
+SAVED = {
+    "network": lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(),
+    "module's parameters": lambda: dict(nn.Linear(3, 2).named_parameters()),
+    "wrapped": lambda: {"G_ema": nn.Linear(3, 2).state_dict(), "step": 3, "state": {0: 1.5}},
+    "half": lambda: nn.Linear(3, 2).half().state_dict(),
+    "bfloat16": lambda: nn.Linear(3, 2).bfloat16().state_dict(),
+    "double": lambda: nn.Linear(3, 2).double().state_dict(),
+    "with gradient": lambda: {"w": torch.randn(3, requires_grad=True)},
+    "with attributes": lambda: {"w": with_attribute(torch.randn(3))},
+    "parameter with attributes": lambda: {"w": with_attribute(nn.Parameter(torch.randn(3)))},
+    "no dimension": lambda: {"w": torch.tensor(0.5)},
+    "views of one storage": lambda: dict(enumerate_names(torch.randn(4, 6).split(2, dim=1))),
+    "transposed": lambda: {"w": torch.randn(2, 3, 4).permute(2, 0, 1)},
+    "reversed memory": lambda: {"w": torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)},
+    "expanded": lambda: {"w": torch.randn(3, 1).expand(2, 3, 4)},
+    "same twice": lambda: dict.fromkeys("ab", torch.randn(3)),
+    "none": dict,
+}
+
+
+def with_attribute(value):
+    value.note = "x"
+    return value
+
+
+def enumerate_names(values):
+    return ((f"{i}.weight", value) for i, value in enumerate(values))
+
+
+def tensors_in(content, prefix=""):
+    """Yield the tensors of nested dicts and their names, and load those that are stored."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from tensors_in(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor | Stored):
+            yield f"{prefix}{name}", value.load(True) if type(value) is Stored else value
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("case", SAVED)
+def test_saved_tensors_are_those_that_torch_loads(case, new_format):
+    torch.manual_seed(0)
+    torch.save(SAVED[case](), "g.pth", _use_new_zipfile_serialization=new_format)
+    expected = dict(tensors_in(torch.load("g.pth", weights_only=True)))
+    loaded = dict(tensors_in(read_saved(Path("g.pth"))))
+    assert list(loaded) == list(expected)
+    for name, value in expected.items():
+        assert loaded[name].dtype == value.dtype and loaded[name].is_contiguous()
+        assert torch.equal(loaded[name], value)
+
+
+def test_what_lies_beside_a_state_dict_does_not_hinder():
+    beside = [Counter("a"), torch.float16, torch.strided, torch.device("cpu"), torch.Size([1])]
+    beside += [1 << 80, torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(0)]
+    beside += [torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.float8_e5m2)]
+    torch.save({"x": beside, "G_ema": state_dict("shapenetcars128-64")}, "g.pth")
+    assert load_generator("g.pth").z_dim == 512
+
+
+def archive(content, **records):
+    """Return a file of torch.save's format with any pickle in it."""
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name, record in ({"data.pkl": content, "version": b"3\n"} | records).items():
+            zipped.writestr(f"a/{name}", record)
+    return file.getvalue()
+
+
+def old_format(content):
+    """Return a file of torch.save's old format with any pickle in it."""
+    magic, version = (pickle.dumps(number, 2) for number in (0x1950A86A20F9469CFC6C, 1001))
+    return magic + version + pickle.dumps({"little_endian": True}, 2) + content + b"\x80\x02]."
+
+
+SAVED_BOMBS = {
+    "deep key": b"\x80\x02})" + b"\x85" * 150_000 + b"Ns.",
+    "laughing key": b"\x80\x02})" + b"q\x00h\x00\x86" * 40 + b"Ns.",
+    "laughing weight": b"\x80\x02}X\x01\0\0\0w)" + b"q\x00h\x00\x86" * 40 + b"s.",
+    "memory": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0^\xd0\xb2\0\x85R.",  # 3e9 bytes.
+    "laughing id": b"\x80\x02)" + b"q\x00h\x00\x86" * 40 + b"Q.",
+    "deep id": b"\x80\x02)" + b"\x85" * 150_000 + b"Q.",
+    "short id": b"\x80\x02X\x07\0\0\0storage\x85Q.",
+    "part of a storage": (
+        b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000NK\x01)tQ."
+    ),
+    "many steps": b"\x80\x02" + b"N0" * 1_000_000 + b".",
+}
+
+
+@pytest.mark.parametrize("form", [archive, old_format])
+@pytest.mark.parametrize("case", SAVED_BOMBS)
+def test_bombs_for_torch_are_refused_in_little_time_and_memory(case, form):
+    Path("g").write_bytes(form(SAVED_BOMBS[case]))
+    with little_time_and_memory():
+        assert refuse("g").startswith("g holds no usable generator: it ")
+
+
+DAMAGED_ARCHIVES = {
+    "end": lambda b: b[:-1],
+    "start": lambda b: b[len(b) // 2 :].replace(b"PK\1\2", b"PK\1\3"),
+    "directory": lambda b: b.replace(b"PK\1\2", b"PK\1\3", 1),
+    "big endian": lambda b: b.replace(b"little", b"big\0\0\0"),
+    "numbers elsewhere": lambda b: b.replace(b"/data/0", b"/data/1"),
+    "more numbers": lambda b: b.replace(b"K\x09", b"K\x0a"),
+    "larger tensor": lambda b: b.replace(b"K\x00K\x09", b"K\x00K\x0a"),
+    "offset": lambda b: b.replace(b"K\x00K\x09", b"K\x01K\x09"),
+    "no pickle": lambda b: b.replace(b"/data.pkl", b"/data.pkk"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_ARCHIVES)
+def test_damaged_archive_is_refused(case):
+    path = Path("g.pth")
+    torch.save({"w": torch.zeros(9)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGED_ARCHIVES[case](whole))
+    assert path.read_bytes() != whole
+    with little_time_and_memory(), pytest.raises(ValueError):
+        read_saved(path)["w"].load()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_damaged_state_dicts_are_read_or_refused(new_format):
+    content = {"G_ema": nn.Linear(3, 2).state_dict(), "b": nn.Parameter(torch.ones(2, 2).half().T)}
+    rng, path, read = random.Random(0), Path("mutant"), 0
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    whole = path.read_bytes()
+    for _ in range(800):
+        cut = whole[: rng.randrange(4, len(whole))]
+        path.write_bytes(cut if rng.random() < 0.1 else mutant(whole, rng))
+        with little_time_and_memory():
+            try:
+                read += len(list(tensors_in(read_saved(path)))) == 3
+            except ValueError as refusal:
+                assert "\n" not in str(refusal)
+            except (AttributeError, RecursionError):  # No dict at all, or one that holds itself.
+                pass
+    assert 10 < read < 790
+
+
+def test_numbers_of_a_state_dict_are_not_read_before_its_shapes_are_known():
+    """Ten tensors of 10 GB each are expanded from one number."""
+    content = {f"w{i}": torch.ones([]).expand(50_000, 50_000) for i in range(10)}
+    torch.save(content, "g.pth")
+    with little_time_and_memory():
+        assert "its shapes are those of no released network" in refuse("g.pth")
 
 
 # Kinds of files.
