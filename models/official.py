@@ -240,7 +240,7 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
 
 def is_small(tensor: Stored) -> bool:
     """Whether a tensor can be loaded in no time."""
-    return type(tensor.storage) is memoryview and len(tensor.storage) <= MAX_STORAGE
+    return type(tensor.storage) in (memoryview, str) and len(tensor.storage) <= MAX_STORAGE
 
 
 def is_weight(value: Any) -> bool:

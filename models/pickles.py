@@ -106,7 +106,7 @@ class Stored(NamedTuple):
     Whatever a file says is in here, until `shape` and `load` have checked it.
     """
 
-    storage: Storage | memoryview
+    storage: Storage | memoryview | str
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -277,6 +277,7 @@ class Machine:
         """Push the name of a class or function."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
             raise ValueError("it names something by what is no name")
+        module = "builtins" if module == "__builtin__" else module  # Its name in protocols 0 to 2.
         self.push(Global(f"{module}.{name}"))
 
     def call(self, function: Any, args: Any) -> None:
@@ -372,14 +373,22 @@ def _persistent_object(meta: dict) -> Inert:
     return Inert(name, state=meta["state"])
 
 
-def _numpy_scalar(dtype: Inert, data: memoryview) -> float | int | bool | None:
+def _numpy_scalar(dtype: Inert, data: memoryview | str) -> float | int | bool | None:
     """Return a numpy scalar as a number, or None for more than numbers."""
     code, order = dtype.args[0], dtype.state[1]
     if type(code) is not str or code not in NUMPY_SCALARS or order not in ("<", ">", "|"):
         return None
     if len(data) != int(code[1]):
         raise ValueError(f"a numpy scalar of type {code} has {len(data)} bytes")
+    data = data.encode("latin1") if type(data) is str else data
     return np.frombuffer(data, order + code).item()
+
+
+def _bytes_as_text(text: Any, encoding: Any) -> str:
+    """Return bytes as protocol 2 writes them, whose codes are those of a string's letters."""
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+        raise ValueError("it has bytes in an unknown encoding")
+    return text  # A copy for each call would be too many.
 
 
 def _make_inert(name: str, *args: Any) -> Inert:
@@ -406,6 +415,10 @@ CALLS: dict[str, Callable] = {
     "torch.Size": lambda size: size,
     "collections.OrderedDict": lambda *_: {},
     "builtins.set": lambda values=(): values,
+    "builtins.frozenset": lambda values=(): values,
+    "builtins.bytes": lambda: "",
+    "builtins.bytearray": lambda data="", *_: data,
+    "_codecs.encode": _bytes_as_text,
     "numpy.core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy._core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.numeric._frombuffer": lambda *args: Inert("numpy.ndarray", args),
@@ -417,6 +430,8 @@ CALLS: dict[str, Callable] = {
 
 def read_storage(data: Any) -> Storage:
     """Read what torch.save writes for a lone storage, in its old format."""
+    if type(data) is str:
+        data = memoryview(bytearray(data, "latin1"))
     if type(data) is not memoryview:
         raise ValueError("a tensor has no storage")
     storage = read_stream(data, MAX_STORAGE_STEPS)

@@ -65,10 +65,12 @@ def test_pickle_becomes_the_generator_it_was_made_of():
     assert not loaded.training and not any(w.requires_grad for w in loaded.parameters())
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_every_protocol_of_python_3_is_read(protocol):
-    _, tensors = read_official_pickle(write(protocol=protocol))
-    assert torch.equal(tensors["decoder.net.2.bias"], build_generator().decoder.net[2].bias)
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_binary_protocol_is_read(protocol):
+    header, tensors = read_official_pickle(write(protocol=protocol))
+    assert (header, list(tensors)) == (read_official_pickle(write())[0], list(tensors))
+    for name, value in build_generator().state_dict().items():
+        assert torch.equal(tensors[name], value), name
 
 
 def test_averaged_generator_is_the_one_that_counts():
@@ -129,11 +131,12 @@ def test_strange_objects_of_forks_are_left_alone():
     Fork.__module__, Fork.__qualname__ = "training.fork", "Fork"
     fork = Fork()
     fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3), "y": 1 << 3000}
+    fork.bytes = [b"", b"\x80\xff", bytearray(), bytearray(b"\x80\xff"), np.float32(0.5)]
     content = content_of(build_generator())
     content["training_set_kwargs"].fork = fork
     content["G_ema"].__dict__["fork"] = content["G_ema"].rendering_kwargs["fork"] = [fork]
     with mock.patch.dict(sys.modules, {"training.fork": mock.Mock(Fork=Fork)}):
-        paths = [write(content, f"{protocol}.pkl", protocol=protocol) for protocol in (4, 5)]
+        paths = [write(content, f"{protocol}.pkl", protocol=protocol) for protocol in (2, 3, 4, 5)]
     for path in paths:
         assert load_generator(path).rendering_kwargs["fork"] == ["training.fork.Fork"]
 
@@ -352,6 +355,7 @@ def test_what_lies_beside_a_state_dict_does_not_hinder():
     beside = [Counter("a"), torch.float16, torch.strided, torch.device("cpu"), torch.Size([1])]
     beside += [1 << 80, torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(0)]
     beside += [torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.float8_e5m2)]
+    beside += [1j, {1}, frozenset([1]), b"\x80", bytearray(b"\x80")]
     torch.save({"x": beside, "G_ema": state_dict("shapenetcars128-64")}, "g.pth")
     assert load_generator("g.pth").z_dim == 512
 
@@ -745,6 +749,24 @@ WRITTEN_BOMBS = {
         "it is damaged",
     ),
     "loop": (b"\x80\x04]\x94h\x00a\x85\x85.", NO_GENERATOR),
+    "other encoding": (
+        b"\x80\x02c_codecs\nencode\nX\1\0\0\0aX\3\0\0\0zip\x86R.",
+        "it has bytes in",
+    ),
+    "encoded number": (b"\x80\x02c_codecs\nencode\nK\1X\6\0\0\0latin1\x86R.", "it has bytes in"),
+    "bytes of a call": (b"\x80\x02c__builtin__\nbytes\nK\1\x85R.", "it is damaged"),
+    "many bytes": (
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0^\xd0\xb2\0\x85R.",
+        NO_GENERATOR,
+    ),
+    "repeated bytes": (
+        b"\x80\x02(X\0\0\x80\0"
+        + b"a" * 2**23
+        + b"q\x000c_codecs\nencode\nq\x010X\6\0\0\0latin1q\x020"
+        + b"h\1h\0h\2\x86R" * 20_000
+        + b"t.",
+        NO_GENERATOR,
+    ),
 }
 
 
