@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
-from models.pickles import Inert, Storage, Stored, read_pickle, read_saved
+from models.pickles import Inert, Storage, Stored, read_pickle, read_saved, to_numbers
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)
@@ -213,7 +213,6 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
     """Return a pickled setting as JSON knows it; small tensors become numbers or lists.
 
     Other objects become the names of their classes, which no check of a setting in use lets pass.
-    Numbers keep seven digits, so that a 1.7 that was in single precision is 1.7 again.
 
     Args:
         value: The setting, or a dict of them.
@@ -226,11 +225,10 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
     if next(count) >= MAX_SETTINGS:
         raise ValueError("it has more settings than a generator can have")
     if type(value) is Stored and is_small(value):
-        value = value.load().tolist()
+        tensor = value.load()
+        value = to_numbers((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
     if type(value) is Inert:
         value = value.items if value.name.endswith("Dict") else value.name
-    if type(value) is float:
-        return float(f"{value:.7g}")
     if type(value) in (list, tuple):
         return [plain(entry, count) for entry in value]
     if type(value) is dict:

@@ -147,6 +147,16 @@ class Stored(NamedTuple):
         return view.clone(memory_format=torch.contiguous_format)
 
 
+def to_numbers(array: np.ndarray) -> Any:
+    """Return an array as (nested lists of) numbers; those of float32 as the shortest that is one.
+
+    So a 1.7 in single precision is 1.7, not 1.7000000476837158, and becomes the same again.
+    """
+    if array.dtype.kind == "f" and array.itemsize < 8:
+        array = array.astype(str).astype(float)
+    return array.tolist()
+
+
 def read_pickle(path: Path) -> Any:
     """Read what a pickle holds.
 
@@ -374,14 +384,14 @@ def _persistent_object(meta: dict) -> Inert:
 
 
 def _numpy_scalar(dtype: Inert, data: memoryview | str) -> float | int | bool | None:
-    """Return a numpy scalar as a number, or None for more than numbers."""
+    """Return a numpy scalar as a number, or None for what is none."""
     code, order = dtype.args[0], dtype.state[1]
     if type(code) is not str or code not in NUMPY_SCALARS or order not in ("<", ">", "|"):
         return None
     if len(data) != int(code[1]):
         raise ValueError(f"a numpy scalar of type {code} has {len(data)} bytes")
     data = data.encode("latin1") if type(data) is str else data
-    return np.frombuffer(data, order + code).item()
+    return to_numbers(np.frombuffer(data, order + code))[0]
 
 
 def _bytes_as_text(text: Any, encoding: Any) -> str:

@@ -27,7 +27,7 @@ import convert
 from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle
-from models.pickles import OPCODES, Stored, read_pickle, read_saved
+from models.pickles import OPCODES, Stored, read_pickle, read_saved, to_numbers
 
 DATA = Path(__file__).parent / "data"
 
@@ -174,6 +174,33 @@ def test_argument_that_is_a_small_tensor_is_its_number():
     loaded = load_generator(write(content))
     assert loaded.init_kwargs["conv_clamp"] == 256 and loaded.init_kwargs["num_fp16_res"] == 2
     assert loaded.neural_rendering_resolution == 16
+
+
+def test_numbers_of_settings_are_kept_exactly():
+    numbers = {"box_warp": 1.0123456789, "avg_camera_pivot": [0, -1e-9, 1 / 3]}
+    numbers |= {"avg_camera_radius": np.float64(2 / 3), "ray_end": np.float32(1 / 3)}
+    numbers |= {"c_scale": torch.tensor(1 / 3, dtype=torch.float64), "ray_start": torch.tensor(0.1)}
+    numbers |= {"half": torch.tensor([1.7, 0.1]).half(), "brain": torch.tensor([1.5]).bfloat16()}
+    loaded = load_generator(write(with_settings(**numbers))).rendering_kwargs
+    expected = numbers | {"avg_camera_radius": 2 / 3, "ray_end": 0.33333334, "c_scale": 1 / 3}
+    expected |= {"ray_start": 0.1, "half": [1.7, 0.1], "brain": [1.5]}
+    assert {name: loaded[name] for name in numbers} == expected
+
+
+def test_single_precision_survives_its_shortest_form():
+    codes = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    values = codes.view(np.float32)[np.isfinite(codes.view(np.float32))]
+    numbers = to_numbers(values)
+    assert np.array_equal(np.array(numbers).astype(np.float32), values)
+    assert torch.equal(torch.tensor(numbers, dtype=torch.float32), torch.tensor(values))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_axes_are_kept_exactly_also_by_the_conversion(seed):
+    axes = torch.linalg.qr(torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(seed)))[0]
+    assert torch.equal(load_generator(write(with_axes(axes))).plane_axes, axes)
+    convert.main(convert.Config("g.pkl", Path("g.safetensors")))
+    assert torch.equal(load_generator("g.safetensors").plane_axes, axes)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "renamed"])
