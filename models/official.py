@@ -193,6 +193,8 @@ def parts(G: Inert) -> Iterator[tuple[str, Stored]]:
         left -= 1 + len(parameters) + len(buffers) + len(modules) + len(volatile)
         if left < 0 or len(prefix) > MAX_NAME:
             raise ValueError("it has more parts than a generator can have")
+        # Comparing long names takes long.
+        volatile = {name for name in volatile if type(name) is str and len(name) <= MAX_NAME}
         for name, value in (parameters | buffers).items():
             if value is None or name in volatile:
                 continue

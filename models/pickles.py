@@ -23,7 +23,7 @@ from torch import Tensor
 
 MAX_STEPS = 200_000  # Released files take some 30 000.
 MAX_STORAGE_STEPS = 200  # In the small pickles before a tensor's numbers; torch takes some 50.
-MAX_NAME = 500  # Letters in the name of a class or function.
+MAX_NAME = 500  # Letters in the name of a class or function, and in the key of a dict.
 MAX_ARGUMENTS = 16  # Of a call, and dimensions of a tensor.
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # The first thing in torch.save's old format.
 MAX_ZIP_END = 65_557  # Bytes of the end of a ZIP archive, comment and all.
@@ -274,13 +274,14 @@ class Machine:
             self.stack[-1].extend(values)
 
     def set_items(self, values: list[Any]) -> None:
-        """Add keys and values in turn to the dict on top of the stack; only names are kept."""
+        """Add keys and values in turn to the dict on top of the stack; kept are those of names."""
         target = self.stack[-1]
         items = target.items if type(target) is Inert else target
         if len(values) % 2:
             raise IndexError
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if type(key) is str:  # Other keys may be hard to hash, and EG3D has no use for them.
+            # Others may be hard to hash or compare, and EG3D has no use for them.
+            if type(key) is str and len(key) <= MAX_NAME:
                 items[key] = value
 
     def name(self, module: Any, name: Any) -> None:

@@ -704,6 +704,15 @@ def nested_modules(levels=60):
     return module
 
 
+def with_volatile_buffers(letters, buffers, volatile):
+    """Return content whose names of so many letters differ only at their ends."""
+    content = content_of(build_generator())
+    G = content["G_ema"]
+    G.__dict__["_buffers"] = {"a" * letters + str(i): 1 for i in range(buffers)} | {"b": 1}
+    G.__dict__["_non_persistent_buffers_set"] = ["a" * letters + "."] * volatile
+    return content
+
+
 def with_class_name(name):
     content = content_of(build_generator())
     content["G_ema"].class_name = name
@@ -725,6 +734,8 @@ BOMBS = {
     "laughing offset": (lambda: with_bias(tensor(offset=laughs())), "whole numbers"),
     "laughing size": (lambda: with_bias(tensor(size=laughs())), "no shape"),
     "laughing bias": (lambda: with_bias(laughs()), "decoder.net.2.bias is no tensor"),
+    "long volatile names": (lambda: with_volatile_buffers(2**24, 1, 9000), "is no tensor"),
+    "many volatile names": (lambda: with_volatile_buffers(190, 4500, 4500), "is no tensor"),
     "endless modules": (with_nested_modules, "more parts than a generator can have"),
 }
 DEEP = 150_000  # Hashing a tuple so deep crashes Python.
@@ -782,6 +793,16 @@ WRITTEN_BOMBS = {
     ),
     "encoded number": (b"\x80\x02c_codecs\nencode\nK\1X\6\0\0\0latin1\x86R.", "it has bytes in"),
     "bytes of a call": (b"\x80\x02c__builtin__\nbytes\nK\1\x85R.", "it is damaged"),
+    "repeated keys": (
+        b"\x80\x04}(X\0\0\x80\0"
+        + b"a" * 2**23
+        + b"NX\0\0\x80\0"
+        + b"a" * 2**23
+        + b"\x94N"
+        + b"h\0N" * 40_000
+        + b"u.",
+        NO_GENERATOR,
+    ),
     "many bytes": (
         b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0^\xd0\xb2\0\x85R.",
         NO_GENERATOR,
