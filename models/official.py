@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
-from models.pickles import Inert, Storage, Stored, read_pickle, read_saved, to_numbers
+from models.pickles import (
+    Inert,
+    Storage,
+    Stored,
+    read_pickle,
+    read_saved,
+    read_storage,
+    to_numbers,
+)
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)
@@ -76,10 +84,7 @@ def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ValueError: it holds no EG3D generator, or is damaged; the message names no file.
     """
     G = find_generator(read_pickle(path))
-    header, stored = describe(G), dict(parts(G))
-    if len({id(tensor.storage) for tensor in stored.values()}) < len(stored):
-        raise ValueError("several of its tensors share one storage")
-    return header, {name: tensor.load().float() for name, tensor in stored.items()}
+    return describe(G), load_parts(G, most=path.stat().st_size)
 
 
 def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -174,6 +179,28 @@ def with_foreground(rendering_kwargs: dict) -> dict:
     if not of_faces or rendering_kwargs.get("white_back"):
         return rendering_kwargs
     return {"foreground_depth": FOREGROUND_DEPTH} | rendering_kwargs
+
+
+def load_parts(G: Inert, most: int) -> dict[str, Tensor]:
+    """Copy the tensors of a pickled module out of the file, one that several parts are for each.
+
+    Args:
+        G: The module.
+        most: Numbers in all of them, since a small file can repeat a tensor without end.
+
+    Raises:
+        ValueError: they are damaged or too many.
+    """
+    tensors, storages = {}, {}
+    for name, stored in dict(parts(G)).items():
+        key = id(stored.storage)
+        if key not in storages:  # To read it for each of its tensors would take long.
+            storages[key] = read_storage(stored.storage)
+        tensors[name] = stored._replace(storage=storages[key]).load().float()
+        most -= tensors[name].numel()
+        if most < 0:
+            raise ValueError("it repeats its tensors too often for a file of its size")
+    return tensors
 
 
 def parts(G: Inert) -> Iterator[tuple[str, Stored]]:
