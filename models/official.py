@@ -31,6 +31,8 @@ POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
 HARMLESS = {"architecture": "skip"}  # Arguments of StyleGAN2 at the only value EG3D can have.
 FOREGROUND_DEPTH = 2.85  # Heads end before it, the background of faces and cats lies behind.
 FACE_RAYS = {"ray_start": 2.25, "ray_end": 3.3}
+PANOHEAD = {"bcg_synthesis", "t_mapping", "triplane_depth"}  # Modules and a setting of its own.
+TENSORFLOW = "dnnlib.tflib.network.Network"
 MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
 MAX_NAME = 200  # Letters in a state-dict key.
 MAX_SETTINGS = 300  # Numbers, strings and what holds them; EG3D has some 80.
@@ -135,11 +137,15 @@ def find_generator(content: Any) -> Inert:
     Raises:
         ValueError: there is none, or it is another project's.
     """
+    networks = content if type(content) is tuple else ()
+    if any(type(network) is Inert and network.name == TENSORFLOW for network in networks):
+        raise ValueError("it holds networks of StyleGAN or StyleGAN2 for TensorFlow, not EG3D's")
     G = entries(content).get("G_ema")
     if type(G) is not Inert:
         raise ValueError("it holds no generator under the name G_ema")
-    modules = entries(entries(G.state).get("_modules"))
-    if "bcg_synthesis" in modules:
+    state = entries(G.state)
+    modules, settings = entries(state.get("_modules")), entries(state.get("rendering_kwargs"))
+    if PANOHEAD & (modules.keys() | settings.keys()):
         raise ValueError("it holds a generator of PanoHead, which is another network than EG3D's")
     if "backbone" not in modules and {"mapping", "synthesis"} <= modules.keys():
         raise ValueError("it holds a generator of StyleGAN2 or 3, which is another than EG3D's")

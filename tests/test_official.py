@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from official_pickle import EasyDict, Persistent, content_of, pack, write_pickle
+from official_pickle import EasyDict, Network, Persistent, content_of, pack, write_pickle
 from tiny_generator import RENDERING_KWARGS
 from tiny_run import build_generator
 from torch import nn
@@ -609,6 +609,10 @@ def stylegan2():
     return {"G_ema": G}
 
 
+def tensorflow_stylegan2():
+    return tuple(Network(name, [("lod", np.zeros(3))]) for name in ("G", "D", "Gs"))
+
+
 def with_layers(count):
     return with_arguments(mapping_kwargs={"num_layers": count})
 
@@ -625,6 +629,9 @@ REFUSED = {
     "None": (lambda: {"G_ema": None}, "no generator"),
     "StyleGAN2": (stylegan2, "StyleGAN2"),
     "PanoHead": (lambda: with_module("bcg_synthesis"), "PanoHead"),
+    "PanoHead without background": (lambda: with_module("t_mapping"), "PanoHead"),
+    "PanoHead by its planes": (lambda: with_settings(triplane_depth=3), "PanoHead"),
+    "StyleGAN2 of TensorFlow": (tensorflow_stylegan2, "StyleGAN2 for TensorFlow"),
     "other generator": (
         lambda: without_module("decoder"),
         "'TriPlaneGenerator', which is not EG3D",
