@@ -150,8 +150,10 @@ def _find_generator(source: str | Path) -> Path:
     if not os.path.exists(source):  # False for names too long for the system; Path raises.
         return fetch(str(source))
     source = Path(source)
-    if not source.is_dir():
+    if source.is_file():
         return source
+    if not source.is_dir():
+        raise ValueError(f"{source} is neither a file nor a folder")  # Pipes would be waited for.
     for name in ("config.json", "generator.safetensors"):
         if not (source / name).is_file():
             raise ValueError(f"{source}: a folder without {name} is no run to load from")

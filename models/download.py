@@ -27,6 +27,7 @@ FILE_PART = r"(?!\.{1,2}(?:/|$)|\.git(?:/|$))[^/\x00-\x1f\x7f]{1,255}"
 PART = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"  # Not \w, which knows more letters.
 HUB_ID = f"{PART}/{PART}"
 TIMEOUT = 20  # Of any wait for a server [s].
+MAX_SHOWN = 300  # Letters of a name or reason in a message.
 CHUNK = 2**20  # Bytes read at once.
 MIRRORS = (
     "EG3D's own files (ffhqrebalanced512-128.pkl, afhqcats512-128.pkl, ...) are in NVIDIA's NGC "
@@ -44,8 +45,8 @@ def fetch(name: str) -> Path:
         return fetch_url(name)
     if match := re.fullmatch(f"({HUB_ID})/({FILE_PART}(?:/{FILE_PART})*)", name):
         return fetch_hub_file(*match.groups())
-    name = " ".join(name.split())
     hint = f". {MIRRORS}" if name.endswith(".pkl") else ""
+    name = " ".join(name.split())[:MAX_SHOWN]
     raise ValueError(
         f"{name}: no such file or run folder, and no hub id (user/repo/file) or URL{hint}"
     )
@@ -70,7 +71,8 @@ def fetch_hub_file(repo: str, file: str) -> Path:
     except Exception as error:
         reason = " ".join(str(error).split()).split(" Please ")[0] or type(error).__name__
         raise ValueError(
-            f"{repo}/{file}: no such file here, and not from the hub ({reason[:200]}). {MIRRORS}"
+            f"{f'{repo}/{file}'[:MAX_SHOWN]}: no such file here, and not from the hub "
+            f"({reason[:200]}). {MIRRORS}"
         ) from error
 
 
@@ -96,7 +98,12 @@ def fetch_url(url: str) -> Path:
         with urlopen(url, timeout=TIMEOUT) as response:
             save_response(response, path)
     except (OSError, HTTPException, ValueError) as error:
+<<<<<<< HEAD
         reason = " ".join(str(error).split())
+=======
+        shown = re.sub("//[^/@]*@", "//", url)[:MAX_SHOWN]  # Without a password.
+        reason = " ".join(str(error).split())[:MAX_SHOWN]
+>>>>>>> fix-pickles
         raise ValueError(f"{shown} cannot be downloaded: {reason}. {MIRRORS}") from error
     return path
 

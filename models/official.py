@@ -7,7 +7,6 @@ counts; a state dict holds no configuration, so its shapes must be a released ne
 
 import itertools
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,15 @@ import torch
 from torch import Tensor
 
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
-from models.pickles import Inert, Stored, read_pickle
+from models.pickles import (
+    Inert,
+    Storage,
+    Stored,
+    read_pickle,
+    read_saved,
+    read_storage,
+    to_numbers,
+)
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)
@@ -24,6 +31,8 @@ POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
 HARMLESS = {"architecture": "skip"}  # Arguments of StyleGAN2 at the only value EG3D can have.
 FOREGROUND_DEPTH = 2.85  # Heads end before it, the background of faces and cats lies behind.
 FACE_RAYS = {"ray_start": 2.25, "ray_end": 3.3}
+PANOHEAD = {"bcg_synthesis", "t_mapping", "triplane_depth"}  # Modules and a setting of its own.
+TENSORFLOW = "dnnlib.tflib.network.Network"
 MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
 MAX_NAME = 200  # Letters in a state-dict key.
 MAX_SETTINGS = 300  # Numbers, strings and what holds them; EG3D has some 80.
@@ -77,10 +86,7 @@ def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ValueError: it holds no EG3D generator, or is damaged; the message names no file.
     """
     G = find_generator(read_pickle(path))
-    header, stored = describe(G), dict(parts(G))
-    if len({id(tensor.storage) for tensor in stored.values()}) < len(stored):
-        raise ValueError("several of its tensors share one storage")
-    return header, {name: tensor.load().float() for name, tensor in stored.items()}
+    return describe(G), load_parts(G, most=path.stat().st_size)
 
 
 def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -96,19 +102,14 @@ def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
             released network; the message names no file.
     """
     try:
-        if zipfile.is_zipfile(path):
-            records = zipfile.ZipFile(path).infolist()
-            if sum(record.file_size for record in records) > path.stat().st_size:
-                raise ValueError("compressed")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # The libraries raise a dozen types, some with advice on how to execute what is in the file.
-    except Exception as error:
+        content = read_saved(path)
+    except ValueError as error:
         reason = "it is damaged, compressed, or holds more than tensors and numbers"
         raise ValueError(reason) from error
     for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
-        if isinstance(content, dict):
+        if type(content) is dict:
             content = content.get(wrapper, content)
-    if not (isinstance(content, dict) and all(map(is_weight, content, content.values()))):
+    if not (type(content) is dict and content and all(map(is_weight, content.values()))):
         raise ValueError("it holds no state dict of real numbers")
     content = {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -126,7 +127,8 @@ def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
         "neural_rendering_resolution": neural_rendering_resolution,
         "plane_axes": PLANE_AXES,
     }
-    return header, {name: tensor.float().contiguous() for name, tensor in content.items()}
+    # Their sizes are known by now, so that those of few numbers may be expanded to them.
+    return header, {name: value.load(expanded=True).float() for name, value in content.items()}
 
 
 def find_generator(content: Any) -> Inert:
@@ -135,11 +137,15 @@ def find_generator(content: Any) -> Inert:
     Raises:
         ValueError: there is none, or it is another project's.
     """
+    networks = content if type(content) is tuple else ()
+    if any(type(network) is Inert and network.name == TENSORFLOW for network in networks):
+        raise ValueError("it holds networks of StyleGAN or StyleGAN2 for TensorFlow, not EG3D's")
     G = entries(content).get("G_ema")
     if type(G) is not Inert:
         raise ValueError("it holds no generator under the name G_ema")
-    modules = entries(entries(G.state).get("_modules"))
-    if "bcg_synthesis" in modules:
+    state = entries(G.state)
+    modules, settings = entries(state.get("_modules")), entries(state.get("rendering_kwargs"))
+    if PANOHEAD & (modules.keys() | settings.keys()):
         raise ValueError("it holds a generator of PanoHead, which is another network than EG3D's")
     if "backbone" not in modules and {"mapping", "synthesis"} <= modules.keys():
         raise ValueError("it holds a generator of StyleGAN2 or 3, which is another than EG3D's")
@@ -181,6 +187,28 @@ def with_foreground(rendering_kwargs: dict) -> dict:
     return {"foreground_depth": FOREGROUND_DEPTH} | rendering_kwargs
 
 
+def load_parts(G: Inert, most: int) -> dict[str, Tensor]:
+    """Copy the tensors of a pickled module out of the file, one that several parts are for each.
+
+    Args:
+        G: The module.
+        most: Numbers in all of them, since a small file can repeat a tensor without end.
+
+    Raises:
+        ValueError: they are damaged or too many.
+    """
+    tensors, storages = {}, {}
+    for name, stored in dict(parts(G)).items():
+        key = id(stored.storage)
+        if key not in storages:  # To read it for each of its tensors would take long.
+            storages[key] = read_storage(stored.storage)
+        tensors[name] = stored._replace(storage=storages[key]).load().float()
+        most -= tensors[name].numel()
+        if most < 0:
+            raise ValueError("it repeats its tensors too often for a file of its size")
+    return tensors
+
+
 def parts(G: Inert) -> Iterator[tuple[str, Stored]]:
     """Yield a pickled module's parameters and buffers by state-dict key, in a state dict's order.
 
@@ -198,6 +226,8 @@ def parts(G: Inert) -> Iterator[tuple[str, Stored]]:
         left -= 1 + len(parameters) + len(buffers) + len(modules) + len(volatile)
         if left < 0 or len(prefix) > MAX_NAME:
             raise ValueError("it has more parts than a generator can have")
+        # Comparing long names takes long.
+        volatile = {name for name in volatile if type(name) is str and len(name) <= MAX_NAME}
         for name, value in (parameters | buffers).items():
             if value is None or name in volatile:
                 continue
@@ -218,7 +248,6 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
     """Return a pickled setting as JSON knows it; small tensors become numbers or lists.
 
     Other objects become the names of their classes, which no check of a setting in use lets pass.
-    Numbers keep seven digits, so that a 1.7 that was in single precision is 1.7 again.
 
     Args:
         value: The setting, or a dict of them.
@@ -231,11 +260,10 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
     if next(count) >= MAX_SETTINGS:
         raise ValueError("it has more settings than a generator can have")
     if type(value) is Stored and is_small(value):
-        value = value.load().tolist()
+        tensor = value.load()
+        value = to_numbers((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
     if type(value) is Inert:
         value = value.items if value.name.endswith("Dict") else value.name
-    if type(value) is float:
-        return float(f"{value:.7g}")
     if type(value) in (list, tuple):
         return [plain(entry, count) for entry in value]
     if type(value) is dict:
@@ -245,13 +273,14 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
 
 def is_small(tensor: Stored) -> bool:
     """Whether a tensor can be loaded in no time."""
-    return type(tensor.storage) is memoryview and len(tensor.storage) <= MAX_STORAGE
+    return type(tensor.storage) in (memoryview, str) and len(tensor.storage) <= MAX_STORAGE
 
 
-def is_weight(name: Any, value: Any) -> bool:
-    """Whether an entry of a state dict is one: real numbers under a name, in memory."""
-    real = isinstance(value, Tensor) and value.is_floating_point()
-    return type(name) is str and real and (value.layout, value.is_meta) == (torch.strided, False)
+def is_weight(value: Any) -> bool:
+    """Whether an entry of a state dict is one: real numbers in the file."""
+    storage = value.storage if type(value) is Stored else None
+    dtype = storage.dtype if type(storage) is Storage else None
+    return dtype is not None and dtype.is_floating_point
 
 
 def released_arguments(img_resolution: int) -> dict[str, Any]:
@@ -267,13 +296,13 @@ def released_arguments(img_resolution: int) -> dict[str, Any]:
     }
 
 
-def recognise(tensors: dict[str, Tensor], names: tuple[str, ...]) -> str:
+def recognise(tensors: dict[str, Stored], names: tuple[str, ...]) -> str:
     """Return which of the released networks of these names has tensors of these shapes.
 
     Raises:
         ValueError: none; naming a difference to the most similar.
     """
-    given = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    given = {name: list(tensor.shape()) for name, tensor in tensors.items()}
     differences = {}
     for name in names:
         img_resolution, _, rendering_kwargs = RELEASED[name]

@@ -1,10 +1,11 @@
-"""Pickles of PyTorch networks, read without executing anything that is in them.
+"""Pickles of PyTorch networks and files of torch.save, read without executing what is in them.
 
 A pickle is a program, and Python's reader calls whatever functions it names. Here a small machine
 steps through it that imports nothing and knows no functions but those of `CALLS`, which stand for
 what the pickles of EG3D call; any other is refused. It makes dicts, lists, tuples, strings and
 numbers, `Inert` objects in place of instances, and `Stored` tensors, which stay in the mapped file
-until `Stored.load`. Its work and memory are bounded by the file's size, whatever the file says.
+until `Stored.load`. Its work and memory are bounded by the file's size, whatever the file says;
+those of torch.load are not, even with weights_only=True.
 """
 
 import math
@@ -12,6 +13,7 @@ import mmap
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,11 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 200_000  # Released files take some 30 000.
-MAX_STORAGE_STEPS = 1_000  # In the small pickles before a tensor's numbers; torch takes some 50.
-MAX_NAME = 500  # Letters in the name of a class or function.
+MAX_STORAGE_STEPS = 200  # In the small pickles before a tensor's numbers; torch takes some 50.
+MAX_NAME = 500  # Letters in the name of a class or function, and in the key of a dict.
 MAX_ARGUMENTS = 16  # Of a call, and dimensions of a tensor.
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # The first thing in torch.save's old format.
+MAX_ZIP_END = 65_557  # Bytes of the end of a ZIP archive, comment and all.
 DTYPES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
@@ -36,6 +39,18 @@ DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
+# Functions whose results have no use here, but may lie beside what is read.
+INERT = (
+    "builtins.complex",
+    "collections.Counter",
+    "numpy.dtype",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_tensor_v3",
+)
 NUMPY_SCALARS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
 
@@ -56,35 +71,90 @@ class Inert:
         self.items: dict[str, Any] = {}
 
 
-class Stored(NamedTuple):
-    """A tensor that still lies in the file, as a view of a storage that torch.save wrote."""
+class Storage:
+    """Numbers that torch.save wrote: how many, of which class, and where, once that is known."""
 
-    storage: memoryview
+    __slots__ = ("count", "data", "name")
+
+    def __init__(self, name: str, count: int) -> None:
+        """Note what is known of the numbers."""
+        self.name, self.count = name, count
+        self.data: memoryview | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the numbers, if an EG3D file can need it."""
+        return DTYPES.get(self.name)
+
+    def itemsize(self) -> int:
+        """Return the bytes of a number."""
+        if self.dtype is None:
+            raise ValueError(f"a tensor is of type {self.name!r}, which no EG3D file needs")
+        return self.dtype.itemsize
+
+    def numbers(self) -> Tensor:
+        """View the numbers in the file, [N]."""
+        size = self.count * self.itemsize()
+        if self.data is None or len(self.data) != size or size == 0:
+            raise ValueError("a tensor's storage is empty or of another length than it says")
+        return torch.frombuffer(self.data, dtype=self.dtype)
+
+
+class Stored(NamedTuple):
+    """A tensor that still lies in the file, as a view of a storage, or of a stream that holds one.
+
+    Whatever a file says is in here, until `shape` and `load` have checked it.
+    """
+
+    storage: Storage | memoryview | str
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def load(self) -> Tensor:
-        """Copy the tensor out of the file.
+    def shape(self) -> tuple[int, ...]:
+        """Return the size.
 
         Raises:
-            ValueError: the storage is damaged, or the tensor reaches beyond it.
+            ValueError: size and stride are none.
         """
         shapes = type(self.size) is type(self.stride) is tuple
         if not (shapes and len(self.size) == len(self.stride) <= MAX_ARGUMENTS):
             raise ValueError("a tensor's size and stride make no shape")
         if any(type(n) is not int or n < 0 for n in (self.offset, *self.size, *self.stride)):
             raise ValueError("a tensor's offset, size and stride must be whole numbers from 0")
-        numbers = _read_storage(self.storage)
-        steps = zip(self.size, self.stride, strict=True)
+        return self.size
+
+    def load(self, expanded: bool = False) -> Tensor:
+        """Copy the tensor out of the file; `expanded` ones have more elements than numbers.
+
+        Raises:
+            ValueError: the storage is damaged, or the tensor reaches beyond it.
+        """
+        count = math.prod(self.shape())
+        if count == 0:
+            raise ValueError("a tensor has no elements")
+        storage = self.storage if type(self.storage) is Storage else read_storage(self.storage)
+        numbers = storage.numbers()
+        steps = list(zip(self.size, self.stride, strict=True))
         last = self.offset + sum((n - 1) * step for n, step in steps)
-        # With fewer numbers than elements, the elements would overlap.
-        if last >= len(numbers) or math.prod(self.size) > len(numbers):
+        if last >= len(numbers) or (count > len(numbers) and not expanded):
             raise ValueError(
                 f"a tensor of size {list(self.size)}, stride {list(self.stride)} and offset "
                 f"{self.offset} reaches beyond its storage of {len(numbers)} numbers"
             )
-        return numbers.as_strided(self.size, self.stride, self.offset).contiguous()
+        stride = [step if n > 1 else 0 for n, step in steps]  # Of one element, it can be anything.
+        view = numbers.as_strided(self.size, stride, self.offset)
+        return view.clone(memory_format=torch.contiguous_format)
+
+
+def to_numbers(array: np.ndarray) -> Any:
+    """Return an array as (nested lists of) numbers; those of float32 as the shortest that is one.
+
+    So a 1.7 in single precision is 1.7, not 1.7000000476837158, and becomes the same again.
+    """
+    if array.dtype.kind == "f" and array.itemsize < 8:
+        array = array.astype(str).astype(float)
+    return array.tolist()
 
 
 def read_pickle(path: Path) -> Any:
@@ -95,20 +165,39 @@ def read_pickle(path: Path) -> Any:
             message is one line and names no file.
         OSError: it cannot be opened or mapped.
     """
-    with open(path, "rb") as file:
-        if file.read(1) != pickle.PROTO:
-            raise ValueError("it is no pickle")
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    data = map_file(path)
+    if data[:1] != pickle.PROTO:
+        raise ValueError("it is no pickle")
     return Machine(data, MAX_STEPS).run()
+
+
+def read_saved(path: Path) -> Any:
+    """Read what a file of torch.save holds, in its format since version 1.6 or the one before.
+
+    Raises:
+        ValueError: as `read_pickle`; also if the file is compressed.
+        OSError: it cannot be opened or mapped.
+    """
+    data = map_file(path)
+    return read_archive(data) if data[:2] == b"PK" else read_stream(data, MAX_STEPS)
+
+
+def map_file(path: Path) -> memoryview:
+    """Return the bytes of a file, which are read when they are looked at."""
+    with open(path, "rb") as file:
+        # Writable, since torch warns of tensors that are not; the file stays as it is.
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 class Machine:
     """Reads pickles that follow each other in the data; `at` is where it stands."""
 
-    def __init__(self, data: memoryview, steps: int, persistent: bool = False) -> None:
-        """Start at the beginning; `persistent` ids are kept as they are, or else refused."""
+    def __init__(
+        self, data: memoryview, steps: int, storages: dict[str, Storage] | None = None
+    ) -> None:
+        """Start at the beginning; `storages` collects what persistent ids refer to, if they may."""
         self.data, self.at = data, 0
-        self.steps, self.persistent = steps, persistent
+        self.steps, self.storages = steps, storages
         self.stack: list[Any] = []
         self.stacks: list[list[Any]] = []  # Those below each mark.
         self.memo: dict[int, Any] = {}
@@ -185,19 +274,21 @@ class Machine:
             self.stack[-1].extend(values)
 
     def set_items(self, values: list[Any]) -> None:
-        """Add keys and values in turn to the dict on top of the stack; only names are kept."""
+        """Add keys and values in turn to the dict on top of the stack; kept are those of names."""
         target = self.stack[-1]
         items = target.items if type(target) is Inert else target
         if len(values) % 2:
             raise IndexError
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if type(key) is str:  # Other keys may be hard to hash, and EG3D has no use for them.
+            # Others may be hard to hash or compare, and EG3D has no use for them.
+            if type(key) is str and len(key) <= MAX_NAME:
                 items[key] = value
 
     def name(self, module: Any, name: Any) -> None:
         """Push the name of a class or function."""
         if type(module) is not str or type(name) is not str or len(module) + len(name) > MAX_NAME:
             raise ValueError("it names something by what is no name")
+        module = "builtins" if module == "__builtin__" else module  # Its name in protocols 0 to 2.
         self.push(Global(f"{module}.{name}"))
 
     def call(self, function: Any, args: Any) -> None:
@@ -219,10 +310,18 @@ class Machine:
         if type(self.stack[-1]) is Inert:
             self.stack[-1].state = state
 
-    def persistent_id(self) -> None:
-        """Leave the id on the stack in place of what it refers to."""
-        if not self.persistent:
+    def refer(self, reference: Any) -> None:
+        """Push the storage of a persistent id, ("storage", class, key, device, count)."""
+        if self.storages is None:
             raise ValueError("it refers to data outside the pickle")
+        # In the old format None follows, or what no version since 0.4 writes.
+        known = type(reference) is tuple and reference[5:] in ((), (None,))
+        if not known or len(reference) < 5 or reference[0] != "storage":
+            raise ValueError("it refers to what is no storage")
+        _, cls, key, _, count = reference[:5]
+        if (type(cls), type(key), type(count)) != (Global, str, int) or len(key) > MAX_NAME:
+            raise ValueError("a tensor's storage does not say what it holds")
+        self.push(self.storages.setdefault(key, Storage(cls.name, count)))
 
 
 # Sets become lists, since their elements may be hard to hash.
@@ -273,7 +372,7 @@ OPCODES: dict[bytes, Callable[[Machine], object]] = {
     pickle.NEWOBJ: lambda m: m.instantiate(*m.pop(2)),
     pickle.NEWOBJ_EX: lambda m: m.instantiate(*m.pop(3)[:2]),
     pickle.BUILD: lambda m: m.build(*m.pop(1)),
-    pickle.BINPERSID: lambda m: m.persistent_id(),
+    pickle.BINPERSID: lambda m: m.refer(*m.pop(1)),
 }
 
 
@@ -285,53 +384,123 @@ def _persistent_object(meta: dict) -> Inert:
     return Inert(name, state=meta["state"])
 
 
-def _numpy_scalar(dtype: Inert, data: memoryview) -> float | int | bool | None:
-    """Return a numpy scalar as a number, or None for more than numbers."""
+def _numpy_scalar(dtype: Inert, data: memoryview | str) -> float | int | bool | None:
+    """Return a numpy scalar as a number, or None for what is none."""
     code, order = dtype.args[0], dtype.state[1]
     if type(code) is not str or code not in NUMPY_SCALARS or order not in ("<", ">", "|"):
         return None
     if len(data) != int(code[1]):
         raise ValueError(f"a numpy scalar of type {code} has {len(data)} bytes")
-    return np.frombuffer(data, order + code).item()
+    data = data.encode("latin1") if type(data) is str else data
+    return to_numbers(np.frombuffer(data, order + code))[0]
+
+
+def _bytes_as_text(text: Any, encoding: Any) -> str:
+    """Return bytes as protocol 2 writes them, whose codes are those of a string's letters."""
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+        raise ValueError("it has bytes in an unknown encoding")
+    return text  # A copy for each call would be too many.
+
+
+def _make_inert(name: str, *args: Any) -> Inert:
+    """Return what stands for the result of a function of `INERT`."""
+    return Inert(name, args)
+
+
+def _tensor_with_attributes(function: Any, cls: Any, args: Any, state: Any) -> Stored:
+    """Return a tensor that was given attributes, without them."""
+    if function != Global("torch._utils._rebuild_tensor_v2") or type(args) is not tuple:
+        raise ValueError("it has a tensor that is made in an unknown way")
+    return Stored(*args[:4])
 
 
 # What files may call, and what stands for the result.
 CALLS: dict[str, Callable] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
     "torch.storage._load_from_bytes": lambda storage: storage,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "torch._utils._rebuild_tensor": lambda *args: Stored(*args),
     "torch._utils._rebuild_tensor_v2": lambda *args: Stored(*args[:4]),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch.Size": lambda size: size,
-    "torch.device": lambda *args: Inert("torch.device", args),
     "collections.OrderedDict": lambda *_: {},
     "builtins.set": lambda values=(): values,
-    "numpy.dtype": lambda *args: Inert("numpy.dtype", args),
+    "builtins.frozenset": lambda values=(): values,
+    "builtins.bytes": lambda: "",
+    "builtins.bytearray": lambda data="", *_: data,
+    "_codecs.encode": _bytes_as_text,
     "numpy.core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy._core.multiarray._reconstruct": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.numeric._frombuffer": lambda *args: Inert("numpy.ndarray", args),
     "numpy._core.numeric._frombuffer": lambda *args: Inert("numpy.ndarray", args),
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
-}
+} | {name: partial(_make_inert, name) for name in INERT}
 
 
-def _read_storage(data: memoryview) -> Tensor:
-    """Copy the numbers of a storage, [N], out of a stream in torch.save's old format."""
+def read_storage(data: Any) -> Storage:
+    """Read what torch.save writes for a lone storage, in its old format."""
+    if type(data) is str:
+        data = memoryview(bytearray(data, "latin1"))
     if type(data) is not memoryview:
         raise ValueError("a tensor has no storage")
-    machine = Machine(data, MAX_STORAGE_STEPS, persistent=True)
-    magic, _, system, storage, _ = (machine.run() for _ in range(5))
+    storage = read_stream(data, MAX_STORAGE_STEPS)
+    if type(storage) is not Storage:
+        raise ValueError("a tensor's storage does not say what it holds")
+    return storage
+
+
+def read_stream(data: memoryview, steps: int) -> Any:
+    """Read torch.save's old format: five pickles, of which the fourth counts, then the numbers."""
+    machine = Machine(data, steps, storages={})
+    magic, _, system, content, keys = (machine.run() for _ in range(5))
     if not (
         magic == STORAGE_MAGIC and type(system) is dict and system.get("little_endian") is True
     ):
         raise ValueError("a tensor's storage is in another format than torch.save's")
-    # ("storage", class, key, device, count), and since some version None.
-    if type(storage) is not tuple or len(storage) < 5 or type(storage[1]) is not Global:
-        raise ValueError("a tensor's storage does not say what it holds")
-    dtype, count = DTYPES.get(storage[1].name), storage[4]
-    if dtype is None:
-        raise ValueError(f"a tensor is of type {storage[1].name!r}, which no EG3D file needs")
-    if type(count) is not int or count < 1 or machine.number("<q") != count:
-        raise ValueError("a tensor's storage is empty or of another length than it says")
-    return torch.frombuffer(bytearray(machine.take(count * dtype.itemsize)), dtype=dtype)
+    for key in keys if type(keys) is list else ():
+        storage = machine.storages.get(key) if type(key) is str else None
+        if storage is None:
+            raise ValueError("it stores numbers that are no tensor's")
+        storage.data = machine.take(machine.number("<q") * storage.itemsize())
+    return content
+
+
+def read_archive(data: memoryview) -> Any:
+    """Read torch.save's format since version 1.6: a pickle and the numbers in a ZIP archive."""
+    records = read_records(data)
+    if "data.pkl" not in records or records.get("byteorder", b"little") != b"little":
+        raise ValueError("it is in another format than torch.save's")
+    machine = Machine(records["data.pkl"], MAX_STEPS, storages={})
+    content = machine.run()
+    for key, storage in machine.storages.items():
+        storage.data = records.get(f"data/{key}")
+    return content
+
+
+def read_records(data: memoryview) -> dict[str, memoryview]:
+    """Return what is in a ZIP archive, by name without the folder that all of it is in.
+
+    Raises:
+        ValueError: it is damaged, compressed, or beyond 4 GB.
+    """
+    end = max(0, len(data) - MAX_ZIP_END)
+    end += bytes(data[end:]).rfind(b"PK\5\6")
+    records = {}
+    try:
+        count, _, at, _ = struct.unpack_from("<HIIH", data, end + 10)
+        for _ in range(count):
+            magic, method, packed, size, *lengths, start = struct.unpack_from(
+                "<4s6xH8xIIHHH8xI", data, at
+            )
+            name = str(data[at + 46 : at + 46 + lengths[0]], "utf-8", "replace")
+            at += 46 + sum(lengths)
+            # The lengths of name and extra field are those of the record's own header.
+            start += 30 + sum(struct.unpack_from("<HH", data, start + 26))
+            if magic != b"PK\1\2" or method != 0 or packed != size or start + size > len(data):
+                raise ValueError("it is a damaged or compressed archive")
+            records[name.partition("/")[2]] = data[start : start + size]
+    except struct.error as error:
+        raise ValueError("it is a damaged archive") from error
+    return records

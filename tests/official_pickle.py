@@ -54,6 +54,13 @@ class Persistent(nn.Module):
         )
 
 
+class Network:
+    """A network of StyleGAN2 for TensorFlow."""
+
+    def __init__(self, name, variables):
+        self.name, self.variables = name, variables
+
+
 class OSGDecoder(nn.Module):
     """One of the four classes that EG3D pickles by reference."""
 
@@ -73,6 +80,7 @@ class RaySampler(nn.Module):
 HOMES = {
     _reconstruct_persistent_obj: "torch_utils.persistence",
     EasyDict: "dnnlib.util",
+    Network: "dnnlib.tflib.network",
     OSGDecoder: "training.triplane",
     ImportanceRenderer: "training.volumetric_rendering.renderer",
     MipRayMarcher2: "training.volumetric_rendering.ray_marcher",
@@ -82,7 +90,7 @@ HOMES = {
 
 def official_modules():
     """Return a context in which the stand-ins are where EG3D's classes would be."""
-    parents = ("torch_utils", "dnnlib", "training", "training.volumetric_rendering")
+    parents = ("torch_utils", "dnnlib", "dnnlib.tflib", "training", "training.volumetric_rendering")
     modules = {name: types.ModuleType(name) for name in (*parents, *HOMES.values())}
     for thing, home in HOMES.items():
         thing.__module__ = home

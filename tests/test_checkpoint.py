@@ -250,6 +250,20 @@ def test_foreign_generator_is_refused_in_one_line(tmp_path, saved, make):
     assert "\n" not in str(refusal.value)
 
 
+def test_what_is_no_file_is_refused_unopened(tmp_path, saved):
+    os.mkfifo(tmp_path / "pipe.pkl")
+    pipe = os.open(tmp_path / "pipe.pkl", os.O_RDWR)
+    os.write(pipe, b"\x80" * 9)  # Whoever opens it needs not wait.
+    for source in (tmp_path / "pipe.pkl", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{source} is neither a file nor a folder"):
+            load_generator(source)
+    os.close(pipe)
+    (tmp_path / "generator.safetensors").symlink_to(tmp_path / "pipe.pkl")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="a folder without generator.safetensors"):
+        load_generator(tmp_path)
+
+
 # Training states.
 
 

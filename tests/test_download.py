@@ -293,6 +293,13 @@ def test_other_names_are_no_hub_ids(server, source):
     assert server.log == []
 
 
+@pytest.mark.parametrize("start", ["", "user/repo/file", "user/repo/", "URL/", "http://["])
+def test_long_names_are_not_repeated_whole(server, start):
+    source = start.replace("URL", server.url) + "/".join(["x" * 50] * 100)
+    assert refusal(source).startswith(source[:300])
+    assert len(refusal(source)) < 850
+
+
 def test_existing_path_wins_over_a_hub_id(server):
     Path("user/repo").mkdir(parents=True)
     save_generator(build_generator(), "user/repo/g.safetensors")

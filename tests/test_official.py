@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from official_pickle import EasyDict, Persistent, content_of, pack, write_pickle
+from official_pickle import EasyDict, Network, Persistent, content_of, pack, write_pickle
 from tiny_generator import RENDERING_KWARGS
 from tiny_run import build_generator
 from torch import nn
@@ -26,7 +27,7 @@ import convert
 from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
 from models.official import read_official_pickle
-from models.pickles import OPCODES, read_pickle
+from models.pickles import OPCODES, Stored, read_pickle, read_saved, to_numbers
 
 DATA = Path(__file__).parent / "data"
 
@@ -64,10 +65,12 @@ def test_pickle_becomes_the_generator_it_was_made_of():
     assert not loaded.training and not any(w.requires_grad for w in loaded.parameters())
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_every_protocol_of_python_3_is_read(protocol):
-    _, tensors = read_official_pickle(write(protocol=protocol))
-    assert torch.equal(tensors["decoder.net.2.bias"], build_generator().decoder.net[2].bias)
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_binary_protocol_is_read(protocol):
+    header, tensors = read_official_pickle(write(protocol=protocol))
+    assert (header, list(tensors)) == (read_official_pickle(write())[0], list(tensors))
+    for name, value in build_generator().state_dict().items():
+        assert torch.equal(tensors[name], value), name
 
 
 def test_averaged_generator_is_the_one_that_counts():
@@ -128,11 +131,12 @@ def test_strange_objects_of_forks_are_left_alone():
     Fork.__module__, Fork.__qualname__ = "training.fork", "Fork"
     fork = Fork()
     fork.numbers = {1: {2, 3}, (4, 5): frozenset([6]), "x": np.ones(3), "y": 1 << 3000}
+    fork.bytes = [b"", b"\x80\xff", bytearray(), bytearray(b"\x80\xff"), np.float32(0.5)]
     content = content_of(build_generator())
     content["training_set_kwargs"].fork = fork
     content["G_ema"].__dict__["fork"] = content["G_ema"].rendering_kwargs["fork"] = [fork]
     with mock.patch.dict(sys.modules, {"training.fork": mock.Mock(Fork=Fork)}):
-        paths = [write(content, f"{protocol}.pkl", protocol=protocol) for protocol in (4, 5)]
+        paths = [write(content, f"{protocol}.pkl", protocol=protocol) for protocol in (2, 3, 4, 5)]
     for path in paths:
         assert load_generator(path).rendering_kwargs["fork"] == ["training.fork.Fork"]
 
@@ -145,6 +149,19 @@ def test_other_memory_layouts_and_precisions_are_read():
     weight = load_generator(write(content)).superresolution.block1.conv1.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensor_that_several_modules_hold_becomes_one_for_each(protocol):
+    content = content_of(build_generator())
+    blocks = content["G_ema"].backbone.synthesis._modules
+    shared = torch.arange(16.0).view(4, 4)
+    for name in ("b4", "b8", "b16"):
+        blocks[name]._buffers["resample_filter"] = shared
+    state = load_generator(write(content, protocol=protocol)).state_dict()
+    filters = [state[f"backbone.synthesis.{name}.resample_filter"] for name in ("b4", "b8", "b16")]
+    assert all(torch.equal(value, shared) for value in filters)
+    assert len({value.data_ptr() for value in filters}) == 3
 
 
 STORED_SETTINGS = {
@@ -170,6 +187,33 @@ def test_argument_that_is_a_small_tensor_is_its_number():
     loaded = load_generator(write(content))
     assert loaded.init_kwargs["conv_clamp"] == 256 and loaded.init_kwargs["num_fp16_res"] == 2
     assert loaded.neural_rendering_resolution == 16
+
+
+def test_numbers_of_settings_are_kept_exactly():
+    numbers = {"box_warp": 1.0123456789, "avg_camera_pivot": [0, -1e-9, 1 / 3]}
+    numbers |= {"avg_camera_radius": np.float64(2 / 3), "ray_end": np.float32(1 / 3)}
+    numbers |= {"c_scale": torch.tensor(1 / 3, dtype=torch.float64), "ray_start": torch.tensor(0.1)}
+    numbers |= {"half": torch.tensor([1.7, 0.1]).half(), "brain": torch.tensor([1.5]).bfloat16()}
+    loaded = load_generator(write(with_settings(**numbers))).rendering_kwargs
+    expected = numbers | {"avg_camera_radius": 2 / 3, "ray_end": 0.33333334, "c_scale": 1 / 3}
+    expected |= {"ray_start": 0.1, "half": [1.7, 0.1], "brain": [1.5]}
+    assert {name: loaded[name] for name in numbers} == expected
+
+
+def test_single_precision_survives_its_shortest_form():
+    codes = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    values = codes.view(np.float32)[np.isfinite(codes.view(np.float32))]
+    numbers = to_numbers(values)
+    assert np.array_equal(np.array(numbers).astype(np.float32), values)
+    assert torch.equal(torch.tensor(numbers, dtype=torch.float32), torch.tensor(values))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_axes_are_kept_exactly_also_by_the_conversion(seed):
+    axes = torch.linalg.qr(torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(seed)))[0]
+    assert torch.equal(load_generator(write(with_axes(axes))).plane_axes, axes)
+    convert.main(convert.Config("g.pkl", Path("g.safetensors")))
+    assert torch.equal(load_generator("g.safetensors").plane_axes, axes)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "renamed"])
@@ -296,6 +340,155 @@ def test_zip_bomb_is_refused_at_once():
     load.assert_not_called()
 
 
+SAVED = {
+    "network": lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(),
+    "module's parameters": lambda: dict(nn.Linear(3, 2).named_parameters()),
+    "wrapped": lambda: {"G_ema": nn.Linear(3, 2).state_dict(), "step": 3, "state": {0: 1.5}},
+    "half": lambda: nn.Linear(3, 2).half().state_dict(),
+    "bfloat16": lambda: nn.Linear(3, 2).bfloat16().state_dict(),
+    "double": lambda: nn.Linear(3, 2).double().state_dict(),
+    "with gradient": lambda: {"w": torch.randn(3, requires_grad=True)},
+    "with attributes": lambda: {"w": with_attribute(torch.randn(3))},
+    "parameter with attributes": lambda: {"w": with_attribute(nn.Parameter(torch.randn(3)))},
+    "no dimension": lambda: {"w": torch.tensor(0.5)},
+    "views of one storage": lambda: dict(enumerate_names(torch.randn(4, 6).split(2, dim=1))),
+    "transposed": lambda: {"w": torch.randn(2, 3, 4).permute(2, 0, 1)},
+    "reversed memory": lambda: {"w": torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last)},
+    "expanded": lambda: {"w": torch.randn(3, 1).expand(2, 3, 4)},
+    "same twice": lambda: dict.fromkeys("ab", torch.randn(3)),
+    "none": dict,
+}
+
+
+def with_attribute(value):
+    value.note = "x"
+    return value
+
+
+def enumerate_names(values):
+    return ((f"{i}.weight", value) for i, value in enumerate(values))
+
+
+def tensors_in(content, prefix=""):
+    """Yield the tensors of nested dicts and their names, and load those that are stored."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from tensors_in(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor | Stored):
+            yield f"{prefix}{name}", value.load(True) if type(value) is Stored else value
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("case", SAVED)
+def test_saved_tensors_are_those_that_torch_loads(case, new_format):
+    torch.manual_seed(0)
+    torch.save(SAVED[case](), "g.pth", _use_new_zipfile_serialization=new_format)
+    expected = dict(tensors_in(torch.load("g.pth", weights_only=True)))
+    loaded = dict(tensors_in(read_saved(Path("g.pth"))))
+    assert list(loaded) == list(expected)
+    for name, value in expected.items():
+        assert loaded[name].dtype == value.dtype and loaded[name].is_contiguous()
+        assert torch.equal(loaded[name], value)
+
+
+def test_what_lies_beside_a_state_dict_does_not_hinder():
+    beside = [Counter("a"), torch.float16, torch.strided, torch.device("cpu"), torch.Size([1])]
+    beside += [1 << 80, torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(0)]
+    beside += [torch.ones(2, dtype=torch.complex64), torch.ones(2, dtype=torch.float8_e5m2)]
+    beside += [1j, {1}, frozenset([1]), b"\x80", bytearray(b"\x80")]
+    torch.save({"x": beside, "G_ema": state_dict("shapenetcars128-64")}, "g.pth")
+    assert load_generator("g.pth").z_dim == 512
+
+
+def archive(content, **records):
+    """Return a file of torch.save's format with any pickle in it."""
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name, record in ({"data.pkl": content, "version": b"3\n"} | records).items():
+            zipped.writestr(f"a/{name}", record)
+    return file.getvalue()
+
+
+def old_format(content):
+    """Return a file of torch.save's old format with any pickle in it."""
+    magic, version = (pickle.dumps(number, 2) for number in (0x1950A86A20F9469CFC6C, 1001))
+    return magic + version + pickle.dumps({"little_endian": True}, 2) + content + b"\x80\x02]."
+
+
+SAVED_BOMBS = {
+    "deep key": b"\x80\x02})" + b"\x85" * 150_000 + b"Ns.",
+    "laughing key": b"\x80\x02})" + b"q\x00h\x00\x86" * 40 + b"Ns.",
+    "laughing weight": b"\x80\x02}X\x01\0\0\0w)" + b"q\x00h\x00\x86" * 40 + b"s.",
+    "memory": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0^\xd0\xb2\0\x85R.",  # 3e9 bytes.
+    "laughing id": b"\x80\x02)" + b"q\x00h\x00\x86" * 40 + b"Q.",
+    "deep id": b"\x80\x02)" + b"\x85" * 150_000 + b"Q.",
+    "short id": b"\x80\x02X\x07\0\0\0storage\x85Q.",
+    "part of a storage": (
+        b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000NK\x01)tQ."
+    ),
+    "many steps": b"\x80\x02" + b"N0" * 1_000_000 + b".",
+}
+
+
+@pytest.mark.parametrize("form", [archive, old_format])
+@pytest.mark.parametrize("case", SAVED_BOMBS)
+def test_bombs_for_torch_are_refused_in_little_time_and_memory(case, form):
+    Path("g").write_bytes(form(SAVED_BOMBS[case]))
+    with little_time_and_memory():
+        assert refuse("g").startswith("g holds no usable generator: it ")
+
+
+DAMAGED_ARCHIVES = {
+    "end": lambda b: b[:-1],
+    "start": lambda b: b[len(b) // 2 :].replace(b"PK\1\2", b"PK\1\3"),
+    "directory": lambda b: b.replace(b"PK\1\2", b"PK\1\3", 1),
+    "big endian": lambda b: b.replace(b"little", b"big\0\0\0"),
+    "numbers elsewhere": lambda b: b.replace(b"/data/0", b"/data/1"),
+    "more numbers": lambda b: b.replace(b"K\x09", b"K\x0a"),
+    "larger tensor": lambda b: b.replace(b"K\x00K\x09", b"K\x00K\x0a"),
+    "offset": lambda b: b.replace(b"K\x00K\x09", b"K\x01K\x09"),
+    "no pickle": lambda b: b.replace(b"/data.pkl", b"/data.pkk"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_ARCHIVES)
+def test_damaged_archive_is_refused(case):
+    path = Path("g.pth")
+    torch.save({"w": torch.zeros(9)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGED_ARCHIVES[case](whole))
+    assert path.read_bytes() != whole
+    with little_time_and_memory(), pytest.raises(ValueError):
+        read_saved(path)["w"].load()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_damaged_state_dicts_are_read_or_refused(new_format):
+    content = {"G_ema": nn.Linear(3, 2).state_dict(), "b": nn.Parameter(torch.ones(2, 2).half().T)}
+    rng, path, read = random.Random(0), Path("mutant"), 0
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    whole = path.read_bytes()
+    for _ in range(800):
+        cut = whole[: rng.randrange(4, len(whole))]
+        path.write_bytes(cut if rng.random() < 0.1 else mutant(whole, rng))
+        with little_time_and_memory():
+            try:
+                read += len(list(tensors_in(read_saved(path)))) == 3
+            except ValueError as refusal:
+                assert "\n" not in str(refusal)
+            except (AttributeError, RecursionError):  # No dict at all, or one that holds itself.
+                pass
+    assert 10 < read < 790
+
+
+def test_numbers_of_a_state_dict_are_not_read_before_its_shapes_are_known():
+    """Ten tensors of 10 GB each are expanded from one number."""
+    content = {f"w{i}": torch.ones([]).expand(50_000, 50_000) for i in range(10)}
+    torch.save(content, "g.pth")
+    with little_time_and_memory():
+        assert "its shapes are those of no released network" in refuse("g.pth")
+
+
 # Kinds of files.
 
 
@@ -416,18 +609,14 @@ def stylegan2():
     return {"G_ema": G}
 
 
-def shared_storage():
-    content = content_of(build_generator())
-    for layer in (content["G_ema"].decoder.net[0], content["G_ema"].decoder.net[2]):
-        layer._parameters["bias"] = SHARED
-    return content
+def tensorflow_stylegan2():
+    return tuple(Network(name, [("lod", np.zeros(3))]) for name in ("G", "D", "Gs"))
 
 
 def with_layers(count):
     return with_arguments(mapping_kwargs={"num_layers": count})
 
 
-SHARED = tensor()
 REFUSED = {
     "call": (lambda: with_bias(Call(os.mkdir, "executed")), "calls 'posix.mkdir'"),
     "call beside": (
@@ -440,6 +629,9 @@ REFUSED = {
     "None": (lambda: {"G_ema": None}, "no generator"),
     "StyleGAN2": (stylegan2, "StyleGAN2"),
     "PanoHead": (lambda: with_module("bcg_synthesis"), "PanoHead"),
+    "PanoHead without background": (lambda: with_module("t_mapping"), "PanoHead"),
+    "PanoHead by its planes": (lambda: with_settings(triplane_depth=3), "PanoHead"),
+    "StyleGAN2 of TensorFlow": (tensorflow_stylegan2, "StyleGAN2 for TensorFlow"),
     "other generator": (
         lambda: without_module("decoder"),
         "'TriPlaneGenerator', which is not EG3D",
@@ -491,7 +683,6 @@ REFUSED = {
     "no shape": (lambda: with_bias(tensor(stride=(1, 1))), "no shape"),
     "empty storage": (lambda: with_bias(tensor(numbers=0)), "storage is empty"),
     "complex": (lambda: with_bias(tensor(dtype=torch.complex64)), "ComplexFloatStorage"),
-    "shared storage": (shared_storage, "share one storage"),
     "number for weights": (lambda: with_bias(3), "decoder.net.2.bias is no tensor"),
     "many layers": (lambda: with_layers(10**9), "num_layers"),
     "many settings": (lambda: with_settings(**{f"x{i}": i for i in range(300)}), "more settings"),
@@ -524,6 +715,36 @@ def nested_modules(levels=60):
     return module
 
 
+def with_volatile_buffers(letters, buffers, volatile):
+    """Return content whose names of so many letters differ only at their ends."""
+    content = content_of(build_generator())
+    G = content["G_ema"]
+    G.__dict__["_buffers"] = {"a" * letters + str(i): 1 for i in range(buffers)} | {"b": 1}
+    G.__dict__["_non_persistent_buffers_set"] = ["a" * letters + "."] * volatile
+    return content
+
+
+def with_repeated(make, count):
+    content = content_of(build_generator())
+    content["G_ema"].__dict__["_buffers"] = {f"b{i}": make(i) for i in range(count)}
+    return content
+
+
+def with_repeated_tensor():
+    """Return content that holds one of a million numbers 5000 times."""
+    value = torch.zeros(2**20)
+    return with_repeated(lambda _: value, 5000)
+
+
+def with_views_of_one_storage():
+    """Return content with 5000 views of one storage of a million numbers."""
+    file = BytesIO()
+    torch.save(torch.zeros(2**20)._typed_storage(), file, _use_new_zipfile_serialization=False)
+    storage = Call(torch.storage._load_from_bytes, file.getvalue())
+    rebuild = torch._utils._rebuild_tensor_v2
+    return with_repeated(lambda i: Call(rebuild, storage, i, (1,), (1,), False, None), 5000)
+
+
 def with_class_name(name):
     content = content_of(build_generator())
     content["G_ema"].class_name = name
@@ -545,6 +766,10 @@ BOMBS = {
     "laughing offset": (lambda: with_bias(tensor(offset=laughs())), "whole numbers"),
     "laughing size": (lambda: with_bias(tensor(size=laughs())), "no shape"),
     "laughing bias": (lambda: with_bias(laughs()), "decoder.net.2.bias is no tensor"),
+    "long volatile names": (lambda: with_volatile_buffers(2**24, 1, 9000), "is no tensor"),
+    "many volatile names": (lambda: with_volatile_buffers(190, 4500, 4500), "is no tensor"),
+    "repeated tensor": (with_repeated_tensor, "it repeats its tensors too often"),
+    "views of one storage": (with_views_of_one_storage, "Unexpected key"),
     "endless modules": (with_nested_modules, "more parts than a generator can have"),
 }
 DEEP = 150_000  # Hashing a tuple so deep crashes Python.
@@ -596,6 +821,34 @@ WRITTEN_BOMBS = {
         "it is damaged",
     ),
     "loop": (b"\x80\x04]\x94h\x00a\x85\x85.", NO_GENERATOR),
+    "other encoding": (
+        b"\x80\x02c_codecs\nencode\nX\1\0\0\0aX\3\0\0\0zip\x86R.",
+        "it has bytes in",
+    ),
+    "encoded number": (b"\x80\x02c_codecs\nencode\nK\1X\6\0\0\0latin1\x86R.", "it has bytes in"),
+    "bytes of a call": (b"\x80\x02c__builtin__\nbytes\nK\1\x85R.", "it is damaged"),
+    "repeated keys": (
+        b"\x80\x04}(X\0\0\x80\0"
+        + b"a" * 2**23
+        + b"NX\0\0\x80\0"
+        + b"a" * 2**23
+        + b"\x94N"
+        + b"h\0N" * 40_000
+        + b"u.",
+        NO_GENERATOR,
+    ),
+    "many bytes": (
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0^\xd0\xb2\0\x85R.",
+        NO_GENERATOR,
+    ),
+    "repeated bytes": (
+        b"\x80\x02(X\0\0\x80\0"
+        + b"a" * 2**23
+        + b"q\x000c_codecs\nencode\nq\x010X\6\0\0\0latin1q\x020"
+        + b"h\1h\0h\2\x86R" * 20_000
+        + b"t.",
+        NO_GENERATOR,
+    ),
 }
 
 
@@ -649,10 +902,11 @@ def refuse(path):
     return str(refusal.value)
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("case", BOMBS)
-def test_endless_structures_are_refused_at_once(case):
+def test_endless_structures_are_refused_at_once(case, protocol):
     make, reason = BOMBS[case]
-    path = write(make())
+    path = write(make(), protocol=protocol)
     with little_time_and_memory():
         assert reason in refuse(path)
 

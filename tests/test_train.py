@@ -602,7 +602,7 @@ def test_sds_preset_has_no_depth_mask_or_consistency(tmp_path):
         {"depth_scale": 0.5},
         {"depth_scale": 0.0},
         {"mask": False},
-        {"delta": 0.5},
+        {"delta": 0.25},
         {"guidance": 2.0},
         {"hsc_temperature": 0.2},
         {"trunc": 0.5},
