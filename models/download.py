@@ -98,13 +98,8 @@ def fetch_url(url: str) -> Path:
         with urlopen(url, timeout=TIMEOUT) as response:
             save_response(response, path)
     except (OSError, HTTPException, ValueError) as error:
-<<<<<<< HEAD
-        reason = " ".join(str(error).split())
-=======
-        shown = re.sub("//[^/@]*@", "//", url)[:MAX_SHOWN]  # Without a password.
         reason = " ".join(str(error).split())[:MAX_SHOWN]
->>>>>>> fix-pickles
-        raise ValueError(f"{shown} cannot be downloaded: {reason}. {MIRRORS}") from error
+        raise ValueError(f"{shown[:MAX_SHOWN]} cannot be downloaded: {reason}. {MIRRORS}") from error
     return path
 
 
