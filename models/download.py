@@ -98,8 +98,8 @@ def fetch_url(url: str) -> Path:
         with urlopen(url, timeout=TIMEOUT) as response:
             save_response(response, path)
     except (OSError, HTTPException, ValueError) as error:
-        reason = " ".join(str(error).split())[:MAX_SHOWN]
-        raise ValueError(f"{shown[:MAX_SHOWN]} cannot be downloaded: {reason}. {MIRRORS}") from error
+        shown, reason = (" ".join(str(x).split())[:MAX_SHOWN] for x in (shown, error))
+        raise ValueError(f"{shown} cannot be downloaded: {reason}. {MIRRORS}") from error
     return path
 
 
