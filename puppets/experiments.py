@@ -151,7 +151,7 @@ GROUPS = {
 class Config:
     """Options of puppets.experiments."""
 
-    only: str = ""  # Part of the names of the runs to do; empty: all.
+    only: str = ""  # Regular expression of the names of the runs to do; empty: all.
     samples: int = 64  # Latents that each run is scored on.
     threads: int = 1  # CPU threads; two workers of one thread are faster than one of two.
     worker: int = 0  # Which of `workers` this process is.
@@ -165,7 +165,7 @@ def main(cfg: Config) -> None:
     for domain in {*TABLE, *PICTURED}:
         draw_reference(domain)
     eye, sources, truths = oracle.load_oracle(), {}, {}
-    runs = {name: options for name, options in plan().items() if cfg.only in name}
+    runs = {name: options for name, options in plan().items() if re.search(cfg.only, name)}
     for name, options in tqdm(list(runs.items())[cfg.worker :: cfg.workers], unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
         if read_scores().get(name, {}).get("samples") != cfg.samples:
