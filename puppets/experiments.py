@@ -57,7 +57,6 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "oracle_id": "oracle identity",
     "diversity": "diversity",
     "depth_corr": "depth",
-    "multiview_px": "multiview [px]",
     "edit_inside_l1": "L1 to truth in the region",
     "edit_outside_l1": "L1 to source elsewhere",
     "step_seconds": "s a step",
