@@ -197,7 +197,7 @@ class Config:
 
     weights: dict[str, float] | None = None
     """Weights of the objective's terms, as in: --weights hsc 0.1 perceptual 0 (0: off). Terms not
-    named here have the preset's. --help ends with a list of the terms."""
+    named here have the preset's; all are listed at the head of --help."""
 
     save_every: int | None = None  # Steps between checkpoints.
     grid_every: int | None = None  # Steps between grids.
