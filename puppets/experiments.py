@@ -59,7 +59,6 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "depth_corr": "depth",
     "edit_inside_l1": "L1 to truth in the region",
     "edit_outside_l1": "L1 to source elsewhere",
-    "step_seconds": "s a step",
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48
