@@ -200,7 +200,7 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide loaders' weight bars, logs and warnings: what matters in them is checked or raised."""
+    """Hide loaders' weight bars and logs: what matters in them is checked or raised."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     hub = logging.getLogger("huggingface_hub")  # Which would tell of every new try.
@@ -212,7 +212,7 @@ def quiet_loading() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # diffusers has the hub's library told of an option that it does not know any more.
-            warnings.filterwarnings("ignore", module=r"(huggingface_hub|diffusers|transformers)\b")
+            warnings.filterwarnings("ignore", message=r".*local_dir_use_symlinks")
             yield
     finally:
         hub.setLevel(hub_level)
