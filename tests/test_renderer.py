@@ -88,6 +88,27 @@ def test_folded_lookups_equal_the_mean_of_three(axes, lookups):
     )
 
 
+def test_gradient_of_lookups_is_torchs():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 8, 8, 5, dtype=torch.float64).movedim(-1, 2).requires_grad_()
+    coordinates = torch.rand(2, 3, 7, 9, 2, dtype=torch.float64) * 3 - 1.5  # Some outside.
+    coordinates[0, 0, 0, :3, 0] = torch.tensor([-1, 1, torch.nan])
+    gradient = torch.randn(2, 5, 7, 9, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(look_up(maps, coordinates), maps, gradient)
+    samples = F.grid_sample(maps.flatten(0, 1), coordinates.flatten(0, 1), align_corners=False)
+    total = samples.unflatten(0, (2, 3)).sum(1)
+    (torchs,) = torch.autograd.grad(total, maps, gradient)
+    torch.testing.assert_close(ours, torchs)
+    assert ours.abs().sum() > 0
+
+
+def test_lookups_lead_gradients_to_cameras_too():
+    maps = torch.randn(1, 1, 2, 4, 4)
+    coordinates = torch.rand(1, 1, 1, 3, 2, requires_grad=True)
+    look_up(maps, coordinates).sum().backward()
+    assert coordinates.grad.abs().sum() > 0
+
+
 def test_points_outside_of_the_box_see_the_decoder_of_zero():
     planes, decoder, _, _ = scene()
     sigma, rgb = evaluate_points(planes, decoder, torch.full((2, 3, 3), 4.0), AXES, 1.0)
