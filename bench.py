@@ -328,6 +328,13 @@ def generator(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor, c: Tensor) -
     G_src.synthesis(G_src.mapping(z, frontal), c)
 
 
+@torch.no_grad()
+def generator_bf16(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
+    """Do the same in bfloat16, which a CPU without instructions for it emulates, slowly."""
+    with torch.autocast(c.device.type, torch.bfloat16):
+        G_src.synthesis(G_src.mapping(z, frontal), c)
+
+
 def generator_backward(G: TriPlaneGenerator, ws: Tensor, c: Tensor) -> None:
     """Make an image and go back to the weights that learn."""
     G.zero_grad()
@@ -397,7 +404,7 @@ def step(cfg: train.Config, training: train.Training, numbers: Iterator[int]) ->
 PARTS = {
     part.__name__: part
     for part in (
-        *(backbone, rendering, superresolution, generator, generator_backward),
+        *(backbone, rendering, superresolution, generator, generator_bf16, generator_backward),
         *(vae, vae_backward, controlnet, unet, vit, vit_backward, clip),
         *(sds, hsc, step),
     )

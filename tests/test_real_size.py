@@ -35,11 +35,44 @@ def write_stable_diffusion(folder):
     return folder
 
 
-@pytest.mark.slow
-def test_training_on_files_of_real_size(tmp_path):
+def visible_generator():
+    """Return EG3D's generator for faces, at whose mean raw density there is something to see."""
+    torch.manual_seed(0)
     G = bench.random_generator()
     with torch.no_grad():
-        G.decoder.net[2].bias[0] = 4  # A raw density at which there is something to see.
+        G.decoder.net[2].bias[0] = 4
+    return G
+
+
+@pytest.mark.slow
+def test_bfloat16_of_the_full_generator_is_close():
+    G = visible_generator()
+    ws, c = G.mapping(torch.randn(1, G.z_dim), G.cameras.frontal()), G.cameras.frontal()
+    images = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            images.append(G.synthesis(ws, c)["image"].float())
+    assert images[0].std() > 0.1
+    assert 10 * torch.log10(4 / (images[0] - images[1]).square().mean()) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("avx512", "amx", "arm")),
+    reason="this CPU has no bfloat16 arithmetic",
+)
+def test_bfloat16_of_the_full_generator_is_faster(tmp_path):
+    torch.set_num_threads(1)
+    parts = ("generator", "generator_bf16")
+    bench.main(bench.Config(random="full", parts=parts, device="cpu", json=tmp_path / "bench.json"))
+    rows = json.loads((tmp_path / "bench.json").read_text())["parts"]
+    assert rows["generator_bf16"]["units"] < 0.65 * rows["generator"]["units"]
+
+
+@pytest.mark.slow
+def test_training_on_files_of_real_size(tmp_path):
+    G = visible_generator()
     files = {"generator": write_pickle(tmp_path / "ffhq.pkl", content_of(G, others=32_500_000))}
     assert 370e6 < files["generator"].stat().st_size < 390e6
     files["diffusion"] = write_stable_diffusion(tmp_path / "sd15")
