@@ -106,7 +106,17 @@ EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"
 # (base, method): what suits neither row alone.
 TUNED: dict[tuple[str, str], dict] = {
     # A delta would double what UNet and ControlNet cost, which on real models is most of a step.
-    ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5}
+    ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5},
+    ("puppets", "stylegan-fusion"): {"weights": {"score_direction": 0.03}},
+    ("puppets", "3d-adapter"): {
+        "weights": {
+            "clip_direction": 1.0,
+            "target": 5.0,
+            "structure": 0.1,
+            "feature_structure": 0.1,
+        },
+        "lr": 1e-2,
+    },
 }
 
 # What may differ between a run and its resume. The picture itself is compared, not its name.

@@ -96,6 +96,25 @@ GROUPS = {
         (0, 1),
         "picture",
     ),
+    "minutes": Group(
+        "Methods, from a prompt, in the minutes of 50 steps of GCA-3D",
+        {
+            OURS: {},
+            "SDS, 67 steps": {"method": "sds", "steps": 67},
+            "StyleGAN-Fusion": {"method": "stylegan-fusion"},  # As many steps take as long.
+            "DiffusionGAN3D, 54 steps": {"method": "diffusiongan3d", "steps": 54},
+            "StyleGAN-NADA, 79 steps": {"method": "nada", "steps": 79},
+        },
+        HELD_OUT,
+        (0,),
+    ),
+    "minutes-pictures": Group(
+        "Methods, from one picture, in the minutes of 50 steps of GCA-3D",
+        {OURS: {}, "3D-Adapter, 117 steps": {"method": "3d-adapter", "steps": 117}},
+        HELD_OUT,
+        (0,),
+        "picture",
+    ),
     "parts": Group(
         "What each part and setting does",
         {
@@ -251,7 +270,8 @@ def write_tables(scores: dict[str, Row]) -> None:
             table = table_of_means(group, domains, scores)
             if len(table) > 3:  # More than one row to compare.
                 lines += ["", f"## {group.title}: means over {', '.join(domains)}", "", *table]
-    lines += ["", "## Every run", "", *table_of_runs(scores), "", "## Commands", "", "```sh"]
+    lines += ["", "## Every run", "", *table_of_runs(scores)]
+    lines += ["", "## Trials", "", *table_of_trials(), "", "## Commands", "", "```sh"]
     lines += [command(name, options) for name, options in plan().items() if name in scores]
     text = "\n".join([*lines, "```"]) + "\n"
     atomic_write(DOCS / "results.md", lambda file: file.write(text.encode()))
@@ -274,6 +294,17 @@ def table_of_runs(scores: dict[str, Row]) -> list[str]:
     for run, row in scores.items():
         seeds.setdefault(run.rpartition("-s")[0], []).append(row)
     return markdown_table({mark(name): rows for name, rows in seeds.items()})
+
+
+def table_of_trials() -> list[str]:
+    """Return what was tried while tuning, as docs/tuning.json keeps it."""
+    trials = evaluation.read_rows(DOCS / "tuning.json")
+    return [
+        "Settings were chosen by runs of seed 11, scored on 64 latents of seed 77, which no table",
+        f"above uses. {', '.join(HELD_OUT)} were never among them. `tuning.json` has all of it.",
+        "",
+        *markdown_table({name: [row] for name, row in trials.items()}),
+    ]
 
 
 def markdown_table(rows: dict[str, list[Row]]) -> list[str]:
