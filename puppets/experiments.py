@@ -123,6 +123,8 @@ GROUPS = {
             "without mask": {"mask": False},
             "without HSC": {"weights": {"hsc": 0.0}},
             "without delta": {"delta": 0.0},
+            "without perceptual": {"weights": {"perceptual": 0.0}},
+            "as in the paper": {"delta": 0.0, "weights": {"perceptual": 0.0}},
             "SDS": {"method": "sds"},
             "one HSC level": {"hsc_levels": (MIDDLE, MIDDLE)},
             "HSC coarse": {"hsc_levels": (COARSE, COARSE)},
@@ -182,11 +184,12 @@ def main(cfg: Config) -> None:
     for domain in {*TABLE, *PICTURED}:
         draw_reference(domain)
     eye, sources, truths = oracle.load_oracle(), {}, {}
+    settings = evaluation.Config(ckpt=(), samples=cfg.samples)
     runs = {name: options for name, options in plan().items() if re.search(cfg.only, name)}
     for name, options in tqdm(list(runs.items())[cfg.worker :: cfg.workers], unit="run"):
         train.main(train.Config(out=RUNS / name, **options))
-        if read_scores().get(name, {}).get("samples") != cfg.samples:
-            settings = evaluation.Config(ckpt=(), samples=cfg.samples)
+        inputs = evaluation.fingerprint_inputs(RUNS / name, settings)
+        if read_scores().get(name, {}).get("inputs") != inputs:
             row = evaluation.score_run(RUNS / name, settings, torch.device("cpu"), sources)
             add_score(name, row | oracle.score_run(RUNS / name, row, eye, sources, truths))
     write_tables(read_scores())
@@ -339,7 +342,7 @@ def draw_figures() -> None:
         truth = [(f"true {domain}", None, show_truth(domain))]
         rows = [(label, None, run_name(words, label, domain, 0)) for label in words.rows]
         save_sheet(DOCS / f"figure-methods-{domain}.png", source, rows, truth)
-    rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
+    rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:8]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
     edits = GROUPS["edits"]
     truth = [("true green hair", None, show_truth("person", "green"))]
