@@ -123,8 +123,6 @@ GROUPS = {
             "without mask": {"mask": False},
             "without HSC": {"weights": {"hsc": 0.0}},
             "without delta": {"delta": 0.0},
-            "without perceptual": {"weights": {"perceptual": 0.0}},
-            "as in the paper": {"delta": 0.0, "weights": {"perceptual": 0.0}},
             "SDS": {"method": "sds"},
             "one HSC level": {"hsc_levels": (MIDDLE, MIDDLE)},
             "HSC coarse": {"hsc_levels": (COARSE, COARSE)},
@@ -342,7 +340,7 @@ def draw_figures() -> None:
         truth = [(f"true {domain}", None, show_truth(domain))]
         rows = [(label, None, run_name(words, label, domain, 0)) for label in words.rows]
         save_sheet(DOCS / f"figure-methods-{domain}.png", source, rows, truth)
-    rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:8]]
+    rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
     edits = GROUPS["edits"]
     truth = [("true green hair", None, show_truth("person", "green"))]
