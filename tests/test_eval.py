@@ -760,6 +760,7 @@ def test_oracle_refuses_what_it_cannot_judge(puppet_run, finished):
 @pytest.fixture
 def docs(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "DOCS", tmp_path)
+    shutil.copy(REPOSITORY / "docs/tuning.json", tmp_path)
     return tmp_path
 
 
@@ -818,14 +819,16 @@ def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
     assert "StyleGAN-Fusion |" not in text and "python train.py --method sds" in text
 
 
-def test_experiments_score_again_what_has_other_samples(docs, monkeypatch, tmp_path):
+def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
     scored = []
 
     def score_run(ckpt, cfg, device, sources):
         scored.append((ckpt.name, cfg.samples))
-        return {"method": "gca3d", "target": "x", "samples": cfg.samples}
+        row = {"method": "gca3d", "target": "x", "samples": cfg.samples}
+        return row | {"inputs": evaluation.fingerprint_inputs(ckpt, cfg)}
 
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    (tmp_path / "sds-bronze-s0").mkdir()
     monkeypatch.setattr(experiments.train, "main", lambda cfg: None)
     monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
     monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
@@ -833,9 +836,10 @@ def test_experiments_score_again_what_has_other_samples(docs, monkeypatch, tmp_p
     monkeypatch.setattr(experiments, "draw_reference", lambda _: None)
     for name in ("draw_figures", "draw_orbit"):
         monkeypatch.setattr(experiments, name, lambda: None)
-    for samples in (8, 8, 16):
+    for samples, trained in ((8, "a"), (8, "a"), (16, "a"), (16, "b")):
+        (tmp_path / "sds-bronze-s0/config.json").write_text(trained)
         experiments.main(experiments.Config(only="sds-bronze-s0", samples=samples))
-    assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16)]
+    assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16), ("sds-bronze-s0", 16)]
     row = json.loads((docs / "results.json").read_text())["sds-bronze-s0"]
     assert row["samples"] == 16 and row["oracle_l1"] == 0.1
 
@@ -858,7 +862,8 @@ def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
 
 def test_committed_scores_are_still_read():
     rows = evaluation.read_rows(REPOSITORY / "docs/results.json")
-    assert len(tables.markdown_table(rows).splitlines()) == len(rows) + 2
+    over_seeds = {name.rpartition("-s")[0] for name in rows}
+    assert len(tables.markdown_table(rows).splitlines()) == len(over_seeds) + 2
 
 
 def test_results_are_those_of_the_committed_scores(docs):
