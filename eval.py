@@ -46,7 +46,7 @@ from tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
-FEWEST, QUICK = 8, 64  # Samples: the least that can be scored, the most with --quick.
+FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
 VERSION = 1  # Of what a score means; rows of other versions are scored again.
 # Read besides those of runs.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
@@ -139,9 +139,9 @@ def check_options(cfg: Config) -> None:
     Raises:
         ValueError: naming the option.
     """
-    if not cfg.ckpt or cfg.samples < FEWEST or cfg.batch < 1:
+    if not cfg.ckpt or not FEWEST <= cfg.samples <= MOST or cfg.batch < 1:
         raise ValueError(
-            f"--ckpt must name a run, --samples be at least {FEWEST} and --batch 1, "
+            f"--ckpt must name a run, --samples be {FEWEST} to {MOST} and --batch at least 1, "
             f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
         )
     if not 0 <= cfg.seed < 2**62:
@@ -188,10 +188,19 @@ def read_rows(path: Path) -> dict[str, Row]:
         rows = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--out {path} cannot be read ({error})") from error
-    known = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
-    if not known or not all({"method", "target"} <= row.keys() for row in rows.values()):
+    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
         raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Tell whether tables can be made of what stands where a row should."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(value, (int, float, str)) for value in row.values())
+        and all(isinstance(row.get(name), str) for name in ("method", "target"))
+        and ("run_seed" in row) >= ("config" in row)
+    )
 
 
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
@@ -221,6 +230,8 @@ def run_settings(ckpt: Path) -> dict:
     for name, types in SETTINGS.items():
         if not isinstance(settings.get(name), types):
             raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
+    if not (settings["prompt"] or settings["image"]):
+        raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
     if not (ckpt / "generator.safetensors").exists():
         raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
     return settings
@@ -240,6 +251,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
         ValueError: the path is no run folder, or its generator draws what cannot be scored.
     """
     settings = run_settings(ckpt)
+    inputs = fingerprint_inputs(ckpt, cfg)  # Before all else: a training may still be at work.
     G, G_src, _ = load_run(ckpt, device)
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
@@ -252,7 +264,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
     row |= {"run_seed": settings["seed"], "config": fingerprint_settings(settings)}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
-    row |= {"inputs": fingerprint_inputs(ckpt, cfg)} | ({"real": str(cfg.real)} if cfg.real else {})
+    row |= {"inputs": inputs} | ({"real": str(cfg.real)} if cfg.real else {})
     try:
         row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg, real)
         row |= likeness(clip, source, adapted, cfg)
@@ -303,7 +315,7 @@ def read_log(ckpt: Path) -> Log:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         log = [json.loads(line) for line in lines if line.endswith("\n")]
-        sum(entry["step"] + entry["seconds"] for entry in log)
+        sum(entry["step"] + entry["seconds"] + entry.get("peak_gb", 0) for entry in log)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error
     return log

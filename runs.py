@@ -4,6 +4,7 @@ A run folder holds config.json (what the run was made with), log.jsonl (a row pe
 grid-<step>.png, reference.png (if a picture was given), and what models/checkpoint.py writes.
 """
 
+import errno
 import io
 import json
 import operator
@@ -57,7 +58,14 @@ def run_cli(config: type, main: Callable, description: str) -> None:
             main(parse_options(config, description))
     except (ValueError, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
+        sys.exit(2 if wrong else 1)
+    except RuntimeError as error:  # What torch raises without memory, on any device.
+        if "allocate" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -54,9 +54,13 @@ def spread(values: list[float]) -> str:
 
 def cell(rows: list[Row], name: str) -> str:
     """Return a score over its seeds and, in brackets, what the true pictures get for it."""
-    values = [row[name] for row in rows if name in row]
-    true = [row[f"true_{name}"] for row in rows if f"true_{name}" in row]
+    values, true = (_numbers(rows, name) for name in (name, f"true_{name}"))
     return spread(values) + (f" ({np.mean(true):.3g})" if true else "")
+
+
+def _numbers(rows: list[Row], name: str) -> list[float]:
+    """Return the numbers of this name that rows have."""
+    return [row[name] for row in rows if isinstance(row.get(name), float)]
 
 
 def markdown_table(rows: dict[str, Row]) -> str:
@@ -64,9 +68,9 @@ def markdown_table(rows: dict[str, Row]) -> str:
     names = score_names(rows.values())
     lines = [["run", "method", "target", *names], ["---"] * (len(names) + 3)]
     for run, group in group_rows(rows).items():
-        first = group[0]
-        target = first["target"].replace("|", "\\|")
-        lines.append([run, first["method"], target, *(cell(group, name) for name in names)])
+        words = (run, group[0]["method"], group[0]["target"])
+        words = (" ".join(word.split()).replace("|", "\\|") for word in words)
+        lines.append([*words, *(cell(group, name) for name in names)])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -87,7 +91,7 @@ def plot_bars(rows: dict[str, Row], path: Path) -> None:
     figure, axes = _panels(names, *size)
     for name, axis in zip(names, axes, strict=True):
         for run, group in groups.items():
-            values = [row[name] for row in group if name in row]
+            values = _numbers(group, name)
             deviation = np.std(values, ddof=1) if len(values) > 1 else None
             axis.barh(run, np.mean(values) if values else 0.0, xerr=deviation)
     axes[0].invert_yaxis()  # The first row on top.

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from PIL import Image
 from tiny_run import arguments, build_generator, hurry, run, world
@@ -441,6 +442,16 @@ def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
     assert "Traceback" not in err
 
 
+def test_too_little_memory_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
+    def greedy(*_):
+        return torch.empty(2**58)
+
+    monkeypatch.setattr(train, "take_step", greedy)
+    code, _, err = call(train, arguments(tmp_path / "run", steps=1))
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: out of memory")
+
+
 @pytest.mark.parametrize("seeds", ["7-3", "a", ""])
 def test_render_refuses_in_one_line(tmp_path, call, seeds):
     argv = ["--ckpt", world() / "generator.safetensors", "--seeds", seeds, "--out", tmp_path / "o"]
@@ -453,6 +464,8 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
     ("argv", "reason"),
     [
         ("--samples 7", "--samples"),
+        (f"--samples {10**25}", "--samples"),
+        (f"--ckpt {'x' * 300}", "too long"),
         ("--seed -1", "--seed"),
         ("--real nowhere", "--real nowhere: No such"),
         ("--real .", "0 pictures"),

@@ -218,6 +218,50 @@ def test_gain_is_what_the_adapted_pictures_have_beyond_the_source():
     assert metrics.cosine_gain(target, same, same)[1] == 0
 
 
+class NamingClip(FakeClip):
+    """A CLIP that knows brightness as words."""
+
+    model = SimpleNamespace(device=torch.device("cpu"))
+    brightness = {"a person": [1.0, 0.0], "a clown": [0.0, 1.0]}
+
+    def images(self, images):
+        bright = (images.mean((1, 2, 3)) > 0).float()
+        return torch.stack([1 - bright, bright], dim=1)
+
+    def text(self, prompts):
+        return torch.tensor([self.brightness[prompt] for prompt in prompts])
+
+
+def test_fidelity_is_of_the_adapted_pictures_and_gains_over_the_source(scene, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(
+        evaluation, "known_domains", lambda _: {n: n for n in NamingClip.brightness}
+    )
+    dark = replace(scene.renders, image=-scene.renders.image)
+    settings = {"prompt": "a clown", "image": None}
+    bright_ones = NamingClip().text(["a clown"]).expand(48, 2)
+    scores = evaluation.fidelity(
+        NamingClip(), settings, None, dark, scene.renders, CFG, real=bright_ones
+    )
+    assert (scores["clip_text"], scores["clip_text_gain"]) == (1, 1)
+    assert (scores["clip_share"], scores["clip_domain"]) == (1, "a clown")
+    assert scores["fid"] == pytest.approx(0, abs=1e-6)
+    scores = evaluation.fidelity(
+        NamingClip(), settings, None, scene.renders, dark, CFG, real=bright_ones
+    )
+    assert (scores["clip_text"], scores["clip_text_gain"], scores["clip_share"]) == (0, -1, 0)
+    assert scores["fid"] > 1
+
+
+def test_depth_is_compared_on_the_foreground_of_the_source(finished):
+    G = build_generator()
+    views, _ = evaluation.draw_views(G, cfg := replace(CFG, samples=2))
+    source = evaluation.render_all(G, views, 1.0, cfg, "")
+    adapted = replace(source, mask=torch.zeros_like(source.mask))
+    scores = evaluation.geometry(G, Source(views, source, views, source), adapted)
+    assert scores["depth_corr"] == pytest.approx(1, abs=1e-5)
+
+
 def features(count, seed, width=16):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, width, generator=generator), dim=1)
@@ -366,6 +410,20 @@ def test_what_has_not_changed_is_not_scored_again(copied, tmp_path, monkeypatch)
     assert len(scored) == 4
 
 
+def test_a_run_that_changes_while_it_is_scored_is_scored_again(copied, tmp_path, monkeypatch):
+    render_all = evaluation.render_all
+
+    def train_meanwhile(*args, **options):
+        save_generator(build_generator(3), copied / "generator.safetensors")
+        return render_all(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "render_all", train_meanwhile)
+        before = score(copied, tmp_path / "results.json")[str(copied)]
+    after = score(copied, tmp_path / "results.json")[str(copied)]
+    assert before["weights"] != after["weights"] == fingerprint_generator(load_generator(copied))
+
+
 def test_rows_that_another_process_wrote_meanwhile_are_kept(finished, tmp_path, monkeypatch):
     out = tmp_path / "results.json"
 
@@ -395,7 +453,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row():
         "runs/copy": row,
         "runs/more": row | {"samples": 16, "run_seed": 2},
         "old": ROW,
-        "older": ROW | {"target": "a | b"},
+        "older": ROW | {"target": "a |\nb"},
     }
     assert {name: len(group) for name, group in tables.group_rows(rows).items()} == {
         **{"runs/clown-s{0,1}": 2, "runs/robot": 1, "runs/copy": 1, "runs/more": 1},
@@ -521,7 +579,16 @@ def test_a_score_that_is_no_number_is_not_written(finished, tmp_path, monkeypatc
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', '[{"method": 1}]', '{"a": {"b": 1}}', "no json"])
+ROWS_OF_OTHERS = (
+    *('{"a": 1}', '[{"method": 1}]', '{"a": {"b": 1}}', "no json", '{"a": null}'),
+    *(
+        json.dumps({"a": {"method": "m", "target": "t"} | change})
+        for change in ({"target": 3}, {"method": None}, {"config": "c"}, {"diversity": [1]})
+    ),
+)
+
+
+@pytest.mark.parametrize("text", ROWS_OF_OTHERS)
 def test_a_foreign_file_is_left_alone(finished, tmp_path, text):
     out = tmp_path / "results.json"
     out.write_text(text)
@@ -569,6 +636,12 @@ def test_a_generator_of_infinite_pictures_is_refused_by_name(copied, tmp_path):
         score(copied, tmp_path / "results.json")
 
 
+def test_settings_without_a_target_are_refused(copied, tmp_path):
+    change_settings(copied, prompt=None, image=None)
+    with pytest.raises(ValueError, match="neither 'prompt' nor 'image'"):
+        score(copied, tmp_path / "results.json")
+
+
 def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
     log = copied / "log.jsonl"
     whole = evaluation.cost(copied)
@@ -581,9 +654,14 @@ def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
     assert evaluation.cost(copied) == pytest.approx(
         {"step_seconds": 2, "total_minutes": 4 / 60, "peak_gb": 4.5}
     )
-    log.write_text("[]\n")
-    with pytest.raises(ValueError, match="log.jsonl"):
-        evaluation.cost(copied)
+    for foreign in (
+        "[]",
+        '{"step": 1, "seconds": "1"}',
+        '{"step": 1, "seconds": 1, "peak_gb": "2"}',
+    ):
+        log.write_text(f"{foreign}\n")
+        with pytest.raises(ValueError, match="log.jsonl"):
+            evaluation.cost(copied)
     log.unlink()
     assert evaluation.cost(copied) == {}
 
@@ -626,6 +704,26 @@ def test_another_domain_person_and_camera_are_told_from_the_truth():
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
     assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
     assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
+
+
+class EyeForBlack(TrueOracle):
+    """An oracle that is right about the truth, and wrong about black pictures."""
+
+    def __call__(self, images):
+        domains, z, camera = super().__call__(images)
+        wrong = (images.mean((1, 2, 3)) == -1).float()[:, None]
+        return domains * (1 - wrong), z * (1 - 2 * wrong), camera * (1 - 2 * wrong)
+
+
+def test_what_the_truth_gets_is_told_from_what_the_pictures_get():
+    z, c = people(2)
+    truth = heads.render(z, c, "bronze", size=oracle.SIZE)[0]
+    black = -torch.ones_like(truth)
+    scores = oracle.compare(EyeForBlack(z, c, "bronze"), black, truth, z, c, "bronze")
+    assert scores["oracle_id"] == pytest.approx(-1) and scores["true_oracle_id"] == pytest.approx(1)
+    assert scores["oracle_pose_deg"] == pytest.approx(180)
+    assert scores["true_oracle_pose_deg"] == pytest.approx(0, abs=1e-3)
+    assert (scores["oracle_domain"], scores["true_oracle_domain"]) == (0, 1)
 
 
 def puppet_generator(seed=0):
@@ -712,6 +810,27 @@ def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
     views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
     assert torch.equal(seen["z"], views.z)
     assert torch.equal(seen["c"], G.cameras.label(*views.angles.T))
+
+
+def test_oracle_judges_the_truth_from_both_views_and_the_sets_against_it(puppet_run, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    judged, sets = [], []
+    likeness, distances = evaluation.likeness, oracle.distances
+    monkeypatch.setattr(evaluation, "likeness", lambda *a: judged.append(a[2]) or likeness(*a))
+    monkeypatch.setattr(oracle, "distances", lambda *a: sets.append(a) or distances(*a))
+    monkeypatch.setattr(evaluation, "embed", lambda clip, images, cfg: images.flatten(1)[:, :64])
+    drawn = []
+    compare = oracle.compare
+    monkeypatch.setattr(oracle, "compare", lambda *a: drawn.append(a[1:3]) or compare(*a))
+    oracle.main(puppet_run)
+    (images, truth), (true,) = drawn[0], judged
+    assert torch.equal(true.image, truth)
+    G = puppet_generator()
+    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
+    front = oracle.draw_truth(views.z, G.cameras.frontal(3), "bronze")
+    assert torch.equal(true.front, front) and not torch.equal(true.front, truth)
+    of_truth, of_images = (x.flatten(1)[:, :64] for x in (truth, images))
+    assert torch.equal(sets[0][0], of_truth) and torch.equal(sets[0][1], of_images)
 
 
 def test_oracle_reads_the_domain_of_a_picture(tmp_path):
