@@ -22,9 +22,23 @@ from tiny_run import arguments, build_generator, contents, hurry, run, world
 
 import methods
 import train
-from losses import hsc_loss, sds_loss, source_noise
+from losses import (
+    clip_direction_loss,
+    edit_mask,
+    fusion_sds_loss,
+    hsc_loss,
+    keep_loss,
+    perceptual_loss,
+    relative_distance_loss,
+    score_direction_loss,
+    score_reconstruction_loss,
+    sds_loss,
+    source_noise,
+    structure_loss,
+    target_loss,
+)
 from models.checkpoint import load_checkpoint, load_generator, save_generator
-from models.diffusion import DiffusionPrior, depth_condition
+from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 
@@ -450,6 +464,94 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
         torch.testing.assert_close(after["weights"][name], expected, rtol=1e-4, atol=2e-6)
         average = before["averages"][name].lerp(expected, 1 - 0.5 ** (1 / half_life))
         torch.testing.assert_close(after["averages"][name], average, rtol=1e-4, atol=2e-6)
+
+
+def test_terms_of_the_other_methods_are_the_losses_of_their_papers():
+    prior = DiffusionPrior.from_pretrained(world() / "diffusion")
+    vit = TokenFeatures.from_pretrained(world() / "dino")
+    clip = ClipFeatures.from_pretrained(world() / "clip")
+    torch.manual_seed(0)
+    picture = torch.rand(1, 3, 40, 40) * 2 - 1
+    options = {"image": Path("x"), "prompt": "a bronze statue", "guidance": 3.0}
+    G_src = build_generator()
+    ws = G_src.mapping(torch.randn(2, G_src.z_dim), G_src.cameras.frontal(2))
+    c = G_src.cameras.sample(2)
+    source, adapted = (
+        {"planes": G.planes(ws)} | G.synthesis(ws, c) for G in (G_src, build_generator(1))
+    )
+    for out in (source, adapted):
+        out["image"] = 3 * out["image"]  # Beyond -1 and 1.
+    side = prior.image_size // prior.vae_scale_factor
+    noise, again = torch.randn(2, 2, 4, side, side)
+    t = torch.tensor([100, 700])
+    batch = methods.Batch(
+        source, t, noise, again, 0.5, 0, lambda: (adapted["planes"], source["planes"])
+    )
+
+    def latents(images):
+        return prior.encode_images(methods.resize(images, prior.image_size))
+
+    def inside(out):
+        return out["image"].clamp(-1, 1)
+
+    cells = side * side
+    cfg = train.resolve(train.Config(**options, method="stylegan-fusion"))
+    terms = train.objective(cfg, G_src, prior, vit, clip, picture)
+    condition = prior.condition("a bronze statue", picture, 0.6, cfg.depth_scale)
+    noisy = (prior, latents(inside(adapted)), latents(inside(source)), condition, t, again, 3.0)
+    quarters = [round(vit.depth * share) for share in (0.25, 0.5, 0.75, 1)]
+    expected = {
+        "fusion": fusion_sds_loss(prior, noisy[1], condition, t, noise, 3.0) / cells,
+        "score_direction": score_direction_loss(*noisy) / cells,
+        "score_reconstruction": score_reconstruction_loss(*noisy) / cells,
+        "perceptual": perceptual_loss(
+            vit.layers(inside(adapted), quarters), vit.layers(inside(source), quarters)
+        ),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name](adapted, batch), value, msg=name)
+
+    edit = train.Config(edit="a person with green hair", method="diffusiongan3d")
+    cfg = train.resolve(edit)
+    terms = train.objective(cfg, G_src, prior, vit, clip, None)
+    words = Condition(prior.encode_text(["a photo of a person", "a person with green hair"]))
+    mask = edit_mask(prior, latents(source["image"]), words, noise, (0.1, 0.3))
+    planes = adapted["planes"], source["planes"]
+    expected = {
+        "keep": keep_loss(adapted["image"], source["image"], mask),
+        "distance": relative_distance_loss(*planes, *planes),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name](adapted, batch), value, msg=name)
+
+    cfg = train.resolve(train.Config(image=Path("x"), method="3d-adapter"))
+    terms = train.objective(cfg, G_src, None, None, clip, picture)
+    layer = max(1, round(clip.depth / 4))  # 3 of 12.
+    tokens, tokens_src, wanted = (
+        clip.tokens(x, layer) for x in (adapted["image"], source["image"], picture)
+    )
+    way = methods.clip_direction(cfg, G_src, clip, picture)
+    pooled = [F.adaptive_avg_pool2d(out["features"], 16).movedim(1, 3) for out in (adapted, source)]
+    embeds = clip.images(adapted["image"]), clip.images(source["image"])
+    expected = {
+        "clip_direction": clip_direction_loss(*embeds, way),
+        "target": target_loss(tokens, wanted),
+        "structure": structure_loss(tokens, tokens_src),
+        "feature_structure": structure_loss(*pooled),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name](adapted, batch), value, msg=name)
+
+
+def test_weights_of_the_papers_are_the_presets():
+    """Of StyleGAN-Fusion's gradients, summed over 64 x 64 cells: 0.5, LPIPS 2000 / 100; DoRM's."""
+    fusion, adapter = (
+        methods.METHODS[name]["weights"] for name in ("stylegan-fusion", "3d-adapter")
+    )
+    assert fusion == {"fusion": 1, "score_direction": 0.5, "perceptual": 20 / 4096}
+    assert adapter == {"clip_direction": 0.5, "target": 1} | dict.fromkeys(
+        ("structure", "feature_structure"), 10
+    )
 
 
 def test_average_forgets_half_in_its_half_life():
