@@ -108,7 +108,10 @@ class RayOptions:
 
 
 class Decoder(nn.Module):
-    """Plane features to raw density and colour channels (EG3D's OSGDecoder)."""
+    """Plane features to raw density and colour channels (EG3D's OSGDecoder).
+
+    Of rendering, torch.autocast shortens the numbers of its products alone.
+    """
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int, lr_mul: float) -> None:
         """Create the two layers; `lr_mul` scales their learning rate."""
@@ -120,10 +123,13 @@ class Decoder(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, C, N] to raw densities [B, N] and colours [B, C', N] in (0, 1)."""
+        """Map features [B, C, N] to raw densities [B, N] and colours [B, C', N] in (0, 1).
+
+        Both are float32.
+        """
         first, activation, second = self.net
         hidden = activation(_channel_linear(first, features))  # [B, hidden, N]
-        y = _channel_linear(second, hidden)  # [B, 1 + C', N]
+        y = _channel_linear(second, hidden).float()  # [B, 1 + C', N]
         sigma, colour = y.split([1, y.shape[1] - 1], dim=1)
         return sigma.squeeze(1), colour.sigmoid()
 
@@ -193,6 +199,12 @@ def fold_planes(planes: Tensor, plane_axes: Tensor, box_warp: float) -> tuple[Te
     channels_last = torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1)  # [B, Q, P, P, C]
     folded = channels_last.permute(0, 1, 4, 2, 3) / planes.shape[1]
     return folded, torch.stack(projections).to(planes.device)
+
+
+def project(points: Tensor, projections: Tensor) -> Tensor:
+    """Return coordinates on maps [B, Q, N, 2] of points [B, N, 3], by matrices [Q, 3, 2]."""
+    with torch.autocast(points.device.type, enabled=False):
+        return torch.einsum("bni,qij->bqnj", points.float(), projections)
 
 
 def look_up(maps: Tensor, coordinates: Tensor) -> Tensor:
@@ -365,12 +377,11 @@ def evaluate_points(
         plane_axes: Rows are the axes of each plane, [3, 3, 3].
         box_warp: Side of the cube that the planes span.
     """
-    with torch.autocast(planes.device.type, enabled=False):
-        maps, projections = fold_planes(planes.float(), plane_axes, box_warp)
-        coordinates = torch.einsum("bni,qij->bqnj", points.float(), projections)
-        features = look_up(maps, coordinates.unsqueeze(3))  # [B, C, N, 1]
-        sigma, colour = decoder(features.squeeze(3))  # [B, N], [B, C', N]
-        return sigma.unsqueeze(-1), widen(colour).mT
+    maps, projections = fold_planes(planes.float(), plane_axes, box_warp)
+    coordinates = project(points, projections)  # [B, Q, N, 2]
+    features = look_up(maps, coordinates.unsqueeze(3))  # [B, C, N, 1]
+    sigma, colour = decoder(features.squeeze(3))  # [B, N], [B, C', N]
+    return sigma.unsqueeze(-1), widen(colour).mT
 
 
 def render(
@@ -400,44 +411,43 @@ def render(
         rays have the greatest depth that the batch sampled.
     """
     rows = rows or slice(None)
-    with torch.autocast(planes.device.type, enabled=False):
-        origins, directions = origins.float(), directions.float()
-        depths = coarse_depths(origins, directions, options)  # [B, M, S]
-        uniform = depths.new_empty(*depths.shape[:2], 0)
-        if options.depth_resolution_importance:
-            size = depths[..., 0].numel(), options.depth_resolution_importance
-            uniform = torch.rand(*size, device=depths.device)
-            uniform = uniform.unflatten(0, depths.shape[:2])  # [B, M, S2]
-        nearest, farthest = depths.min(), depths.max()
-        origins, directions, depths, uniform = (
-            whole[rows] for whole in (origins, directions, depths, uniform)
-        )
+    origins, directions = origins.float(), directions.float()
+    depths = coarse_depths(origins, directions, options)  # [B, M, S]
+    uniform = depths.new_empty(*depths.shape[:2], 0)
+    if options.depth_resolution_importance:
+        size = depths[..., 0].numel(), options.depth_resolution_importance
+        uniform = torch.rand(*size, device=depths.device)
+        uniform = uniform.unflatten(0, depths.shape[:2])  # [B, M, S2]
+    nearest, farthest = depths.min(), depths.max()
+    origins, directions, depths, uniform = (
+        whole[rows] for whole in (origins, directions, depths, uniform)
+    )
 
-        maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
-        # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
-        starts = torch.einsum("bmi,qij->bqmj", origins, projections).unsqueeze(2)
-        slopes = torch.einsum("bmi,qij->bqmj", directions, projections).unsqueeze(2)
+    maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
+    # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
+    starts = project(origins, projections).unsqueeze(2)
+    slopes = project(directions, projections).unsqueeze(2)
 
-        points = CHUNK_POINTS_GPU
-        if maps.device.type == "cpu":
-            points = CHUNK_POINTS_BACKWARD if maps.requires_grad else CHUNK_POINTS
-        rays = max(1, points // (len(depths) * depths.shape[-1]))
-        chunks = zip(
-            starts.split(rays, 3),
-            slopes.split(rays, 3),
-            depths.split(rays, 1),
-            uniform.split(rays, 1),
-            strict=True,
-        )
-        parts = [_render_chunk(maps, decoder, *chunk) for chunk in chunks]
-        features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    points = CHUNK_POINTS_GPU
+    if maps.device.type == "cpu":
+        points = CHUNK_POINTS_BACKWARD if maps.requires_grad else CHUNK_POINTS
+    rays = max(1, points // (len(depths) * depths.shape[-1]))
+    chunks = zip(
+        starts.split(rays, 3),
+        slopes.split(rays, 3),
+        depths.split(rays, 1),
+        uniform.split(rays, 1),
+        strict=True,
+    )
+    parts = [_render_chunk(maps, decoder, *chunk) for chunk in chunks]
+    features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
-        # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
-        depth = depth.clamp(nearest, farthest)
-        features = widen(features, acc)
-        if options.white_back:
-            features = features + (1 - acc)
-        return features * 2 - 1, depth, acc
+    # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
+    depth = depth.clamp(nearest, farthest)
+    features = widen(features, acc)
+    if options.white_back:
+        features = features + (1 - acc)
+    return features * 2 - 1, depth, acc
 
 
 def _render_chunk(
