@@ -12,6 +12,7 @@ be reached.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,8 +163,8 @@ def score_run(
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     """Return the domain that a run was asked for, a key of DOMAINS.
 
-    A prompt stands for the domain whose own prompt CLIP finds nearest, a picture alone for the one
-    that the oracle reads.
+    A prompt stands for the domain whose own prompt CLIP finds nearest, whatever it says of the hair;
+    a picture alone for the one that the oracle reads.
 
     Raises:
         ValueError: the prior lists no domains, or others than those of puppets.
@@ -176,7 +177,9 @@ def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     if not known or not known.keys() <= set(DOMAIN_NAMES):
         raise ValueError(f"{settings['diffusion']} has no vocabulary.json with puppets' domains")
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
-    similarity = clip.text([settings["prompt"]]) @ clip.text(list(known.values())).T  # [1, D]
+    # To CLIP "a person with green hair" is a zombie.
+    prompt = re.sub(r" with .*\bhair", "", settings["prompt"])
+    similarity = clip.text([prompt]) @ clip.text(list(known.values())).T  # [1, D]
     return list(known)[similarity.argmax()]
 
 

@@ -841,6 +841,13 @@ def test_oracle_reads_the_domain_of_a_picture(tmp_path):
     assert oracle.target_domain(tmp_path, {"prompt": None}, eye) == "devil"
 
 
+@pytest.mark.parametrize("prompt", ["a person with green hair", "a person with long pink hair"])
+def test_oracle_takes_an_edit_for_an_edit_of_a_person(prompt):
+    puppets = REPOSITORY / "checkpoints/puppets"
+    settings = {"prompt": prompt, "diffusion": str(puppets / "diffusion")}
+    assert oracle.target_domain(None, settings | {"clip": str(puppets / "clip")}, None) == "person"
+
+
 def test_edits_are_compared_where_they_belong_and_where_they_do_not():
     z, c = torch.randn(2, heads.Z_DIM), CAMERAS.sample(2)
     before, after = (oracle.draw_truth(z, c, "person", hair) for hair in (None, "green"))
