@@ -41,13 +41,14 @@ from runs import (
     pick_device,
     read_settings,
     run_cli,
+    sole_writer,
 )
 from tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
-VERSION = 1  # Of what a score means; rows of other versions are scored again.
+VERSION = 2  # Of what a score means; rows of other versions are scored again.
 # Read besides those of runs.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
@@ -128,7 +129,7 @@ def main(cfg: Config) -> None:
             continue
         row = score_run(ckpt, cfg, device, sources)
         make_folder(cfg.out.absolute().parent)
-        write_rows(cfg.out, read_rows(cfg.out) | {str(ckpt): row})  # Others may write there too.
+        add_row(cfg.out, str(ckpt), row)
 
     report(cfg.out, cfg.ckpt)
 
@@ -206,6 +207,12 @@ def _is_row(row: object) -> bool:
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
     """Write rows by run as JSON, completely or not at all."""
     write_text(path, json.dumps(rows, indent=2, allow_nan=False) + "\n")
+
+
+def add_row(path: Path, run: str, row: Row) -> None:
+    """Write a run's row beside those of others, which other processes may be writing."""
+    with sole_writer(path, wait=True):
+        write_rows(path, read_rows(path) | {run: row})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -312,8 +319,8 @@ def read_log(ckpt: Path) -> Log:
         ValueError: the log is another program's.
     """
     path = ckpt / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         log = [json.loads(line) for line in lines if line.endswith("\n")]
         sum(entry["step"] + entry["seconds"] + entry.get("peak_gb", 0) for entry in log)
     except (ValueError, TypeError, KeyError) as error:
@@ -473,8 +480,11 @@ def domain_share(clip: ClipFeatures, settings: dict, target: Tensor, after: Tens
 def known_domains(settings: dict) -> dict[str, str]:
     """Return the domains that the prior's vocabulary.json lists: name -> prompt, or nothing."""
     path = Path(locate(settings["diffusion"])) / "vocabulary.json"
-    declared = json.loads(path.read_text()) if path.exists() else {}
-    return declared.get("domains", {})
+    try:
+        declared = json.loads(path.read_text()) if path.exists() else {}
+        return {str(name): str(prompt) for name, prompt in declared.get("domains", {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} lists no domains ({error})") from error
 
 
 def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> Row:

@@ -16,7 +16,6 @@ from models.cameras import orbit, split_label
 from models.renderer import pixel_rays
 
 RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
-LEAST_SPREAD = 1e-2  # Of the features' mean spread; less is not scaled up.
 FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
 HIDDEN = 0.02  # Of the distance: a point so far behind what a camera sees there is occluded.
 KID_PICTURES = 1000  # In a subset, as everywhere.
@@ -31,7 +30,7 @@ def cosine_gain(target: Tensor, before: Tensor, after: Tensor) -> tuple[float, f
 def distances(real: Tensor, after: Tensor) -> dict[str, float]:
     """Compare the distributions of two sets of pictures, through torchmetrics.
 
-    Both shrink with the number of pictures, so only scores of equal numbers can be compared.
+    The first shrinks with the number of pictures, so only scores of equal numbers can be compared.
     Features are scaled to a mean square of 1: the kernel, (x y / F + 1)^3, then sees cosines.
 
     Args:
@@ -69,8 +68,9 @@ def pose(
 ) -> dict[str, float]:
     """Read the camera off pictures by ridge regression, fitted on the source where it is known.
 
-    Before the probe is asked, every feature of the adapted domain is given the mean and the spread
-    that it has in the source's. A turn that all pictures share goes unseen with it.
+    Before the probe is asked, the features of the adapted domain are given the mean that they have
+    in the source's. A turn that all pictures share goes unseen with it; a domain of less contrast
+    looks turned to the front, as the score of its true pictures tells.
 
     Args:
         fitted: Features of source pictures that the probe is fitted on, [M, F].
@@ -93,10 +93,8 @@ def pose(
         read = (features - mean) @ (x - mean).T @ dual + y.mean(0)  # [N, 2]
         return angle_deg(direction(read), truth).mean().item()
 
-    least = LEAST_SPREAD * before.std(0).mean()
-    scale = before.std(0).clamp_min(least) / after.std(0).clamp_min(least)  # [F]
     return {
-        "pose_deg": error_deg((after - after.mean(0)) * scale + before.mean(0)),
+        "pose_deg": error_deg(after - after.mean(0) + before.mean(0)),
         "pose_source_deg": error_deg(before),
     }
 
@@ -121,8 +119,9 @@ def identity(before: Tensor, after: Tensor) -> dict[str, float]:
         after: Features of the adapted pictures, [N, F].
 
     Returns:
-        `identity_top1` and `identity_mrr` (mean reciprocal rank), chance 1 / N; `diversity`, the
-        mean distance between adapted pictures over that between source pictures.
+        `identity_top1`, whose chance is 1 / N, and `identity_mrr`, the mean reciprocal rank, whose
+        chance is (1 + 1/2 + ... + 1/N) / N; `diversity`, the mean distance between adapted pictures
+        over that between source pictures.
 
     Raises:
         ValueError: all source pictures are the same.

@@ -97,8 +97,12 @@ def options_settled() -> Iterator[None]:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes of this user and machine from the same run folder, until this one ends.
+
+    Args:
+        folder: A run folder, or a file of results.
+        wait: Whether to wait for a process that is at work on it.
 
     Raises:
         ValueError: another process is at work on it.
@@ -111,7 +115,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
     name = f"run-{os.getuid()}-{zlib.crc32(os.fsencode(folder.resolve())):08x}.lock"
     with open(Path(tempfile.gettempdir(), name), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Gone with the process, also by kill.
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+            )  # Gone with the process, also by kill.
         except BlockingIOError as error:
             raise ValueError(f"--out {folder}: another process is training there") from error
         yield

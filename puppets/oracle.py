@@ -89,13 +89,14 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--out {cfg.out} has no row of {', '.join(unknown)}: run eval.py first")
     oracle = load_oracle(cfg.oracle)
+    names = {"oracle_l1"} | ({"fid"} if find_spec("torchmetrics") else set())
     sources: evaluation.Sources = {}
     truths: Truths = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
         row = evaluation.read_rows(cfg.out)[str(ckpt)]
-        if not {"oracle_l1", "fid"} <= row.keys():
+        if not names <= row.keys():
             row |= score_run(ckpt, row, oracle, sources, truths)
-            evaluation.write_rows(cfg.out, evaluation.read_rows(cfg.out) | {str(ckpt): row})
+            evaluation.add_row(cfg.out, str(ckpt), row)
     evaluation.report(cfg.out, cfg.ckpt)
 
 
@@ -163,8 +164,8 @@ def score_run(
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     """Return the domain that a run was asked for, a key of DOMAINS.
 
-    A prompt stands for the domain whose own prompt CLIP finds nearest, whatever it says of the hair;
-    a picture alone for the one that the oracle reads.
+    A prompt, but for what it says of hair, stands for the domain whose own prompt CLIP finds
+    nearest, a picture alone for the one that the oracle reads.
 
     Raises:
         ValueError: the prior lists no domains, or others than those of puppets.

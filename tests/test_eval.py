@@ -1,6 +1,5 @@
 import csv
 import json
-import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -190,13 +189,34 @@ def test_a_turn_that_all_pictures_share_is_taken_for_the_domain(scene):
     assert pose["pose_deg"] < 3 < degrees(0.2)
 
 
-def test_a_recoloured_and_paler_domain_keeps_pose_and_identity(scene):
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_views_that_are_drawn_to_the_front_score_what_is_missing(scene, share):
+    source, angles = scene.renders, scene.views.angles
+    less = renders(angles * share, source.front)
+    scores = evaluation.likeness(FakeClip(), scene, less, CFG)
+    known = metrics.angle_deg(metrics.direction(angles * share), metrics.direction(angles))
+    assert scores["pose_deg"] == pytest.approx(known.mean().item(), rel=0.1, abs=1)
+
+
+def test_a_recoloured_domain_keeps_pose_and_a_paler_one_identity(scene):
     source = scene.renders
     tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
-    tinted = replace(source, image=source.image / 3 + tint, front=source.front / 3 + tint)
+    tinted = replace(source, image=source.image + tint, front=source.front / 3 + tint)
     scores = evaluation.likeness(FakeClip(), scene, tinted, CFG)
     assert scores["pose_deg"] == pytest.approx(scores["pose_source_deg"], abs=0.05)
     assert scores["identity_top1"] == 1
+
+
+def test_views_to_be_scored_fill_the_range_of_the_cameras():
+    G = build_generator()
+    cfg = Config(ckpt=(), samples=512)
+    for views in evaluation.draw_views(G, cfg):
+        low, high = views.angles.amin(0), views.angles.amax(0)
+        width = torch.tensor([G.cameras.yaw_range, G.cameras.pitch_range])
+        assert (high <= width).all() and (low >= -width).all()
+        torch.testing.assert_close(torch.stack([-low, high]), width.expand(2, 2), rtol=0.05, atol=0)
+        assert (views.angles.mean(0).abs() < 0.1 * width).all()
+        assert abs(views.z.mean()) < 0.05 and views.z.std() == pytest.approx(1, abs=0.05)
 
 
 def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
@@ -886,7 +906,8 @@ def test_oracle_refuses_what_it_cannot_judge(puppet_run, finished):
 @pytest.fixture
 def docs(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "DOCS", tmp_path)
-    shutil.copy(REPOSITORY / "docs/tuning.json", tmp_path)
+    for name in ("tuning", "costs"):
+        shutil.copy(REPOSITORY / f"docs/{name}.json", tmp_path)
     return tmp_path
 
 
@@ -901,6 +922,15 @@ def test_plan_covers_every_held_out_domain_and_method():
     for name, options in runs.items():
         assert name.endswith(f"-s{options['seed']}")
         train.check_options(train.resolve(train.Config(out=experiments.RUNS / name, **options)))
+
+
+def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
+    costs = json.loads((REPOSITORY / "docs/costs.json").read_text())
+    assert costs.keys() == methods.METHODS.keys()
+    for name in ("minutes", "minutes-pictures"):
+        for options in experiments.GROUPS[name].rows.values():
+            steps, cost = options.get("steps", 50), costs[options.get("method", "gca3d")]
+            assert steps * cost == pytest.approx(50 * costs["gca3d"], rel=0.2)
 
 
 def test_commands_in_the_tables_are_those_of_the_plan():
@@ -979,11 +1009,25 @@ def test_true_heads_are_seen_as_the_adapted_ones_are():
     assert (true.roll(2, 0) - drawn).abs().mean() > 2 * error.mean()
 
 
+def read_tables(path):
+    """Return the rows of all Markdown tables without a heading in the first column."""
+    rows, names = [], None
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("|  |"):
+            names = cells
+        elif names and line.startswith("| ") and "---" not in line:
+            rows.append(dict(zip(names, cells, strict=True)))
+        elif not line.startswith("|"):
+            names = None
+    return rows
+
+
 def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
-    rows = set((REPOSITORY / "docs/results.md").read_text().splitlines())
-    readme = (REPOSITORY / "README.md").read_text().splitlines()
-    shown = [line for line in readme if re.match(r"\| .*\d \(\d", line)]
-    assert len(shown) >= 9 and set(shown) <= rows
+    shown, written = (read_tables(REPOSITORY / name) for name in ("README.md", "docs/results.md"))
+    assert len(shown) >= 15
+    for row in shown:
+        assert any(row.items() <= other.items() for other in written), row[""]
 
 
 def test_committed_scores_are_still_read():
