@@ -31,7 +31,7 @@ from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
 from puppets.data import CAMERAS
-from puppets.domains import DOMAINS, HELD_OUT
+from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
 from puppets.heads import Z_DIM
 from puppets.heads import render as draw_truth
 from render import PITCH, image_grid, orbit, save_image, save_video, to_uint8
@@ -170,7 +170,7 @@ GROUPS = {
             },
             OURS: {},
         },
-        ("green", "blue", "pink"),
+        tuple(ODD_HAIR),
         (0,),
         "edit",
     ),
@@ -375,8 +375,10 @@ def draw_figures() -> None:
     rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
     edits = GROUPS["edits"]
-    truth = [("true green hair", None, show_truth("person", "green"))]
-    rows = [(label, None, run_name(edits, label, "green", 0)) for label in edits.rows]
+    edited, *others = edits.rows
+    rows = [(f"{colour} hair", None, run_name(edits, edited, colour, 0)) for colour in ODD_HAIR]
+    rows += [(f"{label}, blue", None, run_name(edits, label, "blue", 0)) for label in others]
+    truth = [("true blue hair", None, show_truth("person", "blue"))]
     save_sheet(DOCS / "figure-edit.png", source, rows, truth)
 
 

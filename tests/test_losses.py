@@ -381,6 +381,24 @@ def test_edit_mask_is_where_the_prompt_matters():
     assert mask[:, :, :, 5:].max() < 0.02
 
 
+class LouderPainter(FakePrior):
+    """A prior that answers ten times as loud, and elsewhere, at late times."""
+
+    def predict_noise(self, latents_t, t, text, *_):
+        where, late = torch.zeros_like(latents_t), (t >= 500).view(-1, 1, 1, 1)
+        where[:, :, :3, :3] = 1
+        elsewhere = where.flip(2, 3)
+        where = torch.where(late, 10 * elsewhere, where)
+        return latents_t + where * text.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+def test_levels_of_an_edit_mask_count_alike():
+    latents, condition, _, noise = sds_inputs()
+    mask = edit_mask(LouderPainter(), latents, condition, noise, levels=(0.3, 0.7))
+    torch.testing.assert_close(mask, mask.flip(2, 3))
+    assert mask[:, :, 1, 1].min() > 0.99
+
+
 def test_keep_loss_counts_what_lies_outside_the_mask():
     images, images_src = torch.zeros(2, 3, 4, 4, requires_grad=True), torch.ones(2, 3, 4, 4)
     images_src[1] *= 2
