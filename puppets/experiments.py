@@ -368,16 +368,15 @@ def draw_figures() -> None:
     save_sheet(DOCS / "figure-text.png", source, rows)
     rows = [("", DOCS / f"reference-{d}.png", run_name(pictures, OURS, d, 0)) for d in PICTURED]
     save_sheet(DOCS / "figure-image.png", source, rows)
-    for domain in ("elf", "robot"):
-        truth = [(f"true {domain}", None, show_truth(domain))]
-        rows = [(label, None, run_name(words, label, domain, 0)) for label in words.rows]
-        save_sheet(DOCS / f"figure-methods-{domain}.png", source, rows, truth)
+    truth = [("true elf", None, show_truth("elf"))]
+    rows = [(label, None, run_name(words, label, "elf", 0)) for label in words.rows]
+    save_sheet(DOCS / "figure-methods.png", source, rows, truth)
     rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
     edits = GROUPS["edits"]
     edited, *others = edits.rows
     rows = [(f"{colour} hair", None, run_name(edits, edited, colour, 0)) for colour in ODD_HAIR]
-    rows += [(f"{label}, blue", None, run_name(edits, label, "blue", 0)) for label in others]
+    rows += [(f"blue hair,\n{label}", None, run_name(edits, label, "blue", 0)) for label in others]
     truth = [("true blue hair", None, show_truth("person", "blue"))]
     save_sheet(DOCS / "figure-edit.png", source, rows, truth)
 
