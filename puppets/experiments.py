@@ -114,7 +114,7 @@ GROUPS = {
         "picture",
     ),
     "minutes": Group(
-        "Methods, from a prompt, in the minutes of 50 steps of GCA-3D",
+        "Methods, from a prompt, in about the minutes of 50 steps of GCA-3D",
         {
             OURS: {},
             "SDS, 67 steps": {"method": "sds", "steps": 67},
@@ -126,7 +126,7 @@ GROUPS = {
         (0,),
     ),
     "minutes-pictures": Group(
-        "Methods, from one picture, in the minutes of 50 steps of GCA-3D",
+        "Methods, from one picture, in about the minutes of 50 steps of GCA-3D",
         {OURS: {}, "3D-Adapter, 117 steps": {"method": "3d-adapter", "steps": 117}},
         HELD_OUT,
         (0,),
