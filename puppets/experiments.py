@@ -48,21 +48,21 @@ PICTURED = ("bronze", "alien", "devil", "elf")  # In the figure of reference pic
 OURS, PAPERS = "GCA-3D", "GCA-3D without delta"  # With what this repository adds, and without.
 COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
 COLUMNS = {  # Scores in the tables, and how they are called there.
-    "oracle_l1": "L1 to truth",
-    "kid": "KID to truth",
-    "oracle_domain": "oracle domain",
-    "clip_share": "CLIP domain",
-    "clip_text": "CLIP text",
-    "clip_image": "CLIP image",
-    "oracle_pose_deg": "oracle pose [deg]",
-    "pose_deg": "pose [deg]",
-    "oracle_id": "oracle identity",
-    "identity_top1": "identity top-1",
-    "diversity": "diversity",
-    "depth_corr": "depth",
-    "multiview_px": "multiview [px]",
-    "edit_inside_l1": "L1 to truth in the region",
-    "edit_outside_l1": "L1 to source elsewhere",
+    "oracle_l1": "L1 to truth ↓",
+    "kid": "KID to truth ↓",
+    "oracle_domain": "oracle domain ↑",
+    "clip_share": "CLIP domain ↑",
+    "clip_text": "CLIP text ↑",
+    "clip_image": "CLIP image ↑",
+    "oracle_pose_deg": "oracle pose [deg] ↓",
+    "pose_deg": "pose [deg] ↓",
+    "oracle_id": "oracle identity ↑",
+    "identity_top1": "identity top-1 ↑",
+    "diversity": "diversity ↑",
+    "depth_corr": "depth ↑",
+    "multiview_px": "multiview [px] ↓",
+    "edit_inside_l1": "L1 to truth in the region ↓",
+    "edit_outside_l1": "L1 to source elsewhere ↓",
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48
@@ -375,7 +375,10 @@ def draw_figures() -> None:
     save_sheet(DOCS / "figure-parts.png", source, rows)
     edits = GROUPS["edits"]
     edited, *others = edits.rows
-    rows = [(f"{colour} hair", None, run_name(edits, edited, colour, 0)) for colour in ODD_HAIR]
+    rows = [
+        (f"{colour} hair,\n{edited}", None, run_name(edits, edited, colour, 0))
+        for colour in ODD_HAIR
+    ]
     rows += [(f"blue hair,\n{label}", None, run_name(edits, label, "blue", 0)) for label in others]
     truth = [("true blue hair", None, show_truth("person", "blue"))]
     save_sheet(DOCS / "figure-edit.png", source, rows, truth)

@@ -964,9 +964,9 @@ def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
         }
     )
     bronze, devil = read_tables(docs / "results.md")[:2]
-    assert (bronze[""], bronze["pose [deg]"]) == ("gca-3d-bronze", "5.25 (4)")
-    assert (devil[""], devil["pose [deg]"]) == ("gca-3d-picture-devil (held out)", "")
-    assert devil["diversity"] == "0.25"
+    assert (bronze[""], bronze["pose [deg] ↓"]) == ("gca-3d-bronze", "5.25 (4)")
+    assert (devil[""], devil["pose [deg] ↓"]) == ("gca-3d-picture-devil (held out)", "")
+    assert devil["diversity ↑"] == "0.25"
 
 
 def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
