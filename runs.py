@@ -61,7 +61,7 @@ def run_cli(config: type, main: Callable, description: str) -> None:
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
         sys.exit(2 if wrong else 1)
     except RuntimeError as error:  # What torch raises without memory, on any device.
-        if "allocate" not in str(error):
+        if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
         print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)
@@ -97,11 +97,11 @@ def options_settled() -> Iterator[None]:
 
 
 @contextmanager
-def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes of this user and machine from the same run folder, until this one ends.
+def sole_writer(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes of this user and machine from the same path, until this block ends.
 
     Args:
-        folder: A run folder, or a file of results.
+        path: A run folder, or a file of results.
         wait: Whether to wait for a process that is at work on it.
 
     Raises:
@@ -112,14 +112,13 @@ def sole_writer(folder: Path, wait: bool = False) -> Iterator[None]:
     except ImportError:  # Windows: nobody is kept out.
         yield
         return
-    name = f"run-{os.getuid()}-{zlib.crc32(os.fsencode(folder.resolve())):08x}.lock"
+    name = f"run-{os.getuid()}-{zlib.crc32(os.fsencode(path.resolve())):08x}.lock"
+    mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     with open(Path(tempfile.gettempdir(), name), "w") as lock:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-            )  # Gone with the process, also by kill.
+            fcntl.flock(lock, mode)  # Gone with the process, also by kill.
         except BlockingIOError as error:
-            raise ValueError(f"--out {folder}: another process is training there") from error
+            raise ValueError(f"--out {path}: another process is training there") from error
         yield
 
 

@@ -110,7 +110,7 @@ class RayOptions:
 class Decoder(nn.Module):
     """Plane features to raw density and colour channels (EG3D's OSGDecoder).
 
-    Of rendering, torch.autocast shortens the numbers of its products alone.
+    Its products are all of rendering that torch.autocast does in half precision.
     """
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int, lr_mul: float) -> None:

@@ -20,23 +20,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
+import losses
 import methods
 import train
-from losses import (
-    clip_direction_loss,
-    edit_mask,
-    fusion_sds_loss,
-    hsc_loss,
-    keep_loss,
-    perceptual_loss,
-    relative_distance_loss,
-    score_direction_loss,
-    score_reconstruction_loss,
-    sds_loss,
-    source_noise,
-    structure_loss,
-    target_loss,
-)
+from losses import hsc_loss, sds_loss, source_noise
 from models.checkpoint import load_checkpoint, load_generator, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
@@ -501,10 +488,10 @@ def test_terms_of_the_other_methods_are_the_losses_of_their_papers():
     noisy = (prior, latents(inside(adapted)), latents(inside(source)), condition, t, again, 3.0)
     quarters = [round(vit.depth * share) for share in (0.25, 0.5, 0.75, 1)]
     expected = {
-        "fusion": fusion_sds_loss(prior, noisy[1], condition, t, noise, 3.0) / cells,
-        "score_direction": score_direction_loss(*noisy) / cells,
-        "score_reconstruction": score_reconstruction_loss(*noisy) / cells,
-        "perceptual": perceptual_loss(
+        "fusion": losses.fusion_sds_loss(prior, noisy[1], condition, t, noise, 3.0) / cells,
+        "score_direction": losses.score_direction_loss(*noisy) / cells,
+        "score_reconstruction": losses.score_reconstruction_loss(*noisy) / cells,
+        "perceptual": losses.perceptual_loss(
             vit.layers(inside(adapted), quarters), vit.layers(inside(source), quarters)
         ),
     }
@@ -515,11 +502,11 @@ def test_terms_of_the_other_methods_are_the_losses_of_their_papers():
     cfg = train.resolve(edit)
     terms = train.objective(cfg, G_src, prior, vit, clip, None)
     words = Condition(prior.encode_text(["a photo of a person", "a person with green hair"]))
-    mask = edit_mask(prior, latents(source["image"]), words, noise, (0.1, 0.3))
+    mask = losses.edit_mask(prior, latents(source["image"]), words, noise, (0.1, 0.3))
     planes = adapted["planes"], source["planes"]
     expected = {
-        "keep": keep_loss(adapted["image"], source["image"], mask),
-        "distance": relative_distance_loss(*planes, *planes),
+        "keep": losses.keep_loss(adapted["image"], source["image"], mask),
+        "distance": losses.relative_distance_loss(*planes, *planes),
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name](adapted, batch), value, msg=name)
@@ -534,10 +521,10 @@ def test_terms_of_the_other_methods_are_the_losses_of_their_papers():
     pooled = [F.adaptive_avg_pool2d(out["features"], 16).movedim(1, 3) for out in (adapted, source)]
     embeds = clip.images(adapted["image"]), clip.images(source["image"])
     expected = {
-        "clip_direction": clip_direction_loss(*embeds, way),
-        "target": target_loss(tokens, wanted),
-        "structure": structure_loss(tokens, tokens_src),
-        "feature_structure": structure_loss(*pooled),
+        "clip_direction": losses.clip_direction_loss(*embeds, way),
+        "target": losses.target_loss(tokens, wanted),
+        "structure": losses.structure_loss(tokens, tokens_src),
+        "feature_structure": losses.structure_loss(*pooled),
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name](adapted, batch), value, msg=name)
