@@ -107,6 +107,7 @@ EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"
 TUNED: dict[tuple[str, str], dict] = {
     # A delta would double what UNet and ControlNet cost, which on real models is most of a step.
     ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5},
+    ("puppets", "sds"): {"guidance": 1.5, "lr": 3e-3},
     ("puppets", "stylegan-fusion"): {"weights": {"score_direction": 0.03}},
     ("puppets", "diffusiongan3d"): {"weights": {"distance": 0.2}},
     ("puppets", "3d-adapter"): {

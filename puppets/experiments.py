@@ -141,7 +141,7 @@ GROUPS = {
             "without mask": {"mask": False},
             "without HSC": {"weights": {"hsc": 0.0}},
             PAPERS: {"delta": 0.0},
-            "SDS": {"method": "sds"},
+            "SDS alone": {"method": "sds", "guidance": 3.0, "lr": 2e-3},  # As GCA-3D has them.
             "one HSC level": {"hsc_levels": (MIDDLE, MIDDLE)},
             "HSC coarse": {"hsc_levels": (COARSE, COARSE)},
             "HSC fine": {"hsc_levels": (FINE, FINE)},
