@@ -109,7 +109,6 @@ TUNED: dict[tuple[str, str], dict] = {
     ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5},
     ("puppets", "sds"): {"guidance": 1.5, "lr": 3e-3},
     ("puppets", "stylegan-fusion"): {"weights": {"score_direction": 0.03}},
-    ("puppets", "diffusiongan3d"): {"weights": {"distance": 0.2}},
     ("puppets", "3d-adapter"): {
         "weights": {
             "clip_direction": 1.0,

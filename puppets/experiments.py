@@ -102,6 +102,10 @@ GROUPS = {
             "SDS": {"method": "sds"},
             "StyleGAN-Fusion": {"method": "stylegan-fusion"},
             "DiffusionGAN3D": {"method": "diffusiongan3d"},
+            "DiffusionGAN3D, distance 0.2": {
+                "method": "diffusiongan3d",
+                "weights": {"distance": 0.2},
+            },
             "StyleGAN-NADA": {"method": "nada"},
         },
         TABLE,

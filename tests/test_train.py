@@ -601,7 +601,6 @@ def test_edit_is_the_prompt_and_brings_its_presets():
     cfg = train.resolve(train.Config(**options))
     assert (cfg.prompt, cfg.out) == (cfg.edit, Path("runs/a-person-with-green-hair"))
     method, edit = (rows["diffusiongan3d"]["weights"] for rows in (methods.METHODS, methods.EDITS))
-    method = method | train.TUNED["puppets", "diffusiongan3d"]["weights"]
     assert cfg.weights == method | edit
     changed = train.resolve(train.Config(**options, weights={"keep": 2.0, "distance": 0.0}))
     assert changed.weights == {"sds": method["sds"], "keep": 2}
