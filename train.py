@@ -108,7 +108,7 @@ TUNED: dict[tuple[str, str], dict] = {
     # A delta would double what UNet and ControlNet cost, which on real models is most of a step.
     ("puppets", "gca3d"): {"weights": {"hsc": 0.05}, "delta": 0.5},
     ("puppets", "sds"): {"guidance": 1.5, "lr": 3e-3},
-    ("puppets", "stylegan-fusion"): {"weights": {"score_direction": 0.03}},
+    ("puppets", "stylegan-fusion"): {"weights": {"score_direction": 0.03}, "lr": 3e-3},
     ("puppets", "3d-adapter"): {
         "weights": {
             "clip_direction": 1.0,
