@@ -61,7 +61,7 @@ def run_cli(config: type, main: Callable, description: str) -> None:
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
         sys.exit(2 if wrong else 1)
     except RuntimeError as error:  # What torch raises without memory, on any device.
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
         print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)

@@ -101,6 +101,7 @@ GROUPS = {
             PAPERS: {"delta": 0.0},
             "SDS": {"method": "sds"},
             "StyleGAN-Fusion": {"method": "stylegan-fusion"},
+            "StyleGAN-Fusion, lr 0.002": {"method": "stylegan-fusion", "lr": 2e-3},
             "DiffusionGAN3D": {"method": "diffusiongan3d"},
             "DiffusionGAN3D, distance 0.2": {
                 "method": "diffusiongan3d",
@@ -372,9 +373,8 @@ def draw_figures() -> None:
     rows = [("", DOCS / f"reference-{d}.png", run_name(pictures, OURS, d, 0)) for d in PICTURED]
     save_sheet(DOCS / "figure-image.png", source, rows)
     truth = [("true elf", None, show_truth("elf"))]
-    rows = [
-        (label.replace(", ", ",\n"), None, run_name(words, label, "elf", 0)) for label in words.rows
-    ]
+    one_of_each = [label for label in words.rows if "," not in label]
+    rows = [(label, None, run_name(words, label, "elf", 0)) for label in one_of_each]
     save_sheet(DOCS / "figure-methods.png", source, rows, truth)
     rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)

@@ -442,8 +442,19 @@ def test_bad_number_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_too_little_memory_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch):
+@pytest.mark.parametrize(
+    "message",
+    [
+        None,
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB",
+        "[enforce fail at alloc_cpu.cpp:73] data. DefaultCPUAllocator: not enough memory: you",
+        "unable to mmap 8 bytes from file </dev/shm/x>: Cannot allocate memory (12)",
+    ],
+)
+def test_too_little_memory_is_one_line_and_exit_code_1(tmp_path, call, monkeypatch, message):
     def greedy(*_):
+        if message:
+            raise RuntimeError(message)
         return torch.empty(2**58)
 
     monkeypatch.setattr(train, "take_step", greedy)
