@@ -443,9 +443,9 @@ def _read_vocabulary(path: Path) -> dict | None:
 
 def _load_scheduler(source: str) -> DDPMScheduler:
     """Load the noise schedule of whatever scheduler the folder names, as DDPM's."""
-    options = {"subfolder": "scheduler", "local_files_only": Path(source).is_dir()}
+    local = Path(source).is_dir()
     with one_line_errors(source, "scheduler"), quiet_loading():
-        config = DDPMScheduler.load_config(source, **options)
+        config = DDPMScheduler.load_config(source, subfolder="scheduler", local_files_only=local)
         if "beta_start" not in config:
             raise ValueError(f"{config.get('_class_name')} has no noise schedule in betas")
         prediction = config.get("prediction_type", "epsilon")
@@ -454,7 +454,7 @@ def _load_scheduler(source: str) -> DDPMScheduler:
         steps = config.get("num_train_timesteps", 1000)
         if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"num_train_timesteps is {steps!r}, no number from 1 to {MAX_STEPS}")
-        scheduler = DDPMScheduler.from_pretrained(source, **options)
+        scheduler = DDPMScheduler.from_config(config)
         shares = scheduler.alphas_cumprod
         if not shares.isfinite().all():
             raise ValueError("its noise schedule is not finite")

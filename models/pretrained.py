@@ -211,7 +211,8 @@ def quiet_loading() -> Iterator[None]:
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # diffusers has the hub's library told of an option that it does not know any more.
+            # diffusers hands the hub's library an option that this only warns of, and no argument
+            # of load_config() keeps it from doing so.
             warnings.filterwarnings("ignore", message=r".*local_dir_use_symlinks")
             yield
     finally:
