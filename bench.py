@@ -51,14 +51,17 @@ from transformers import (
 
 import methods
 import train
+from files.generators import load_generator
+from files.official import RELEASED, released_arguments, with_foreground
+from harness.cli import run_cli
+from harness.devices import peak_gb, pick_device
+from harness.run_folder import REPOSITORY, locate
+from harness.store import atomic_write
 from losses import guided_noise
-from models.checkpoint import atomic_write, load_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
-from models.official import RELEASED, released_arguments, with_foreground
 from models.pretrained import load_tokenizer, quiet_loading
-from runs import REPOSITORY, locate, peak_gb, pick_device, run_cli
 
 PROMPT = "a bronze statue"
 NETWORKS = ("base", "generator", "diffusion", "adapters", "vae", "features", "clip")

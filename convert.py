@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import load_generator, save_generator
-from runs import check_folder, make_folder, run_cli
+from files.generators import load_generator, save_generator
+from harness.cli import run_cli
+from harness.run_folder import check_folder, make_folder
 
 
 @dataclass

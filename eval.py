@@ -29,27 +29,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metrics
-from models.checkpoint import atomic_write
+from harness.cli import run_cli
+from harness.devices import pick_device
+from harness.pictures import read_picture, to_image
+from harness.run_folder import check_folder, locate, make_folder, read_settings, sole_writer
+from harness.store import atomic_write
+from harness.tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
-from render import load_run, read_picture, to_image
-from runs import (
-    check_folder,
-    fingerprint_generator,
-    locate,
-    make_folder,
-    pick_device,
-    read_settings,
-    run_cli,
-    sole_writer,
-)
-from tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
+from models.fingerprints import fingerprint_generator
+from render import load_run
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
 VERSION = 2  # Of what a score means; rows of other versions are scored again.
-# Read besides those of runs.SETTINGS_READ.
+# Read besides those of run_folder.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
 NOT_COMPARED = {"seed", "out", "device", "save_every", "grid_every"} | {

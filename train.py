@@ -32,7 +32,21 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ranks
+from files.generators import load_generator, save_generator
+from harness import ranks
+from harness.checkpoints import load_checkpoint, save_checkpoint
+from harness.cli import options_settled, run_cli, stop_requests
+from harness.devices import peak_gb, pick_device
+from harness.pictures import image_grid, read_picture, save_image, to_image
+from harness.run_folder import (
+    check_folder,
+    check_run,
+    claim_run,
+    locate,
+    portable,
+    sole_writer,
+    trim_log,
+)
 from methods import (
     DIFFUSION_TERMS,
     EDITS,
@@ -45,27 +59,11 @@ from methods import (
     Term,
     objective,
 )
-from models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from models.diffusion import DiffusionPrior
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
-from render import image_grid, portraits, read_picture, save_image, to_image
-from runs import (
-    check_folder,
-    check_run,
-    claim_run,
-    fingerprint,
-    fingerprint_generator,
-    locate,
-    options_settled,
-    peak_gb,
-    pick_device,
-    portable,
-    run_cli,
-    sole_writer,
-    stop_requests,
-    trim_log,
-)
+from models.fingerprints import fingerprint, fingerprint_generator
+from render import portraits
 
 STABLE_DIFFUSION = {
     "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",

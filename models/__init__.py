@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "load_generator": "checkpoint",
-    "TriPlaneGenerator": "eg3d",
-    "DiffusionPrior": "diffusion",
-    "ClipFeatures": "features",
-    "TokenFeatures": "features",
+    "load_generator": "files.generators",
+    "TriPlaneGenerator": "models.eg3d",
+    "DiffusionPrior": "models.diffusion",
+    "ClipFeatures": "models.features",
+    "TokenFeatures": "models.features",
 }
 __all__ = list(_HOMES)
 
@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
     """Import one of the five names."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

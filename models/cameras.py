@@ -13,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.limits import is_number
+
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
 LABEL_SIZE = 25  # Numbers in a camera label.
-MAX_NUMBER = 1e6  # A guard against files; no honest setting is near it.
-
-
-def is_number(value: object) -> bool:
-    """Whether a setting is a number to calculate with: finite, and not astronomical."""
-    return isinstance(value, int | float) and abs(value) < MAX_NUMBER
 
 
 def look_at(eye: Tensor, target: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from diffusers.models.modeling_utils import load_state_dict
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from models.cameras import is_number
 from models.features import clip_preprocess, clip_tokenize
+from models.limits import is_number
 from models.lora import fuse_lora
 from models.pretrained import (
     fetch_weights,

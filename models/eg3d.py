@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.cameras import FOCAL, FOCAL_CARS, CameraSetup, is_number
+from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
+from models.limits import is_number
 from models.renderer import Decoder, RayOptions, evaluate_points, pixel_rays, render
 from models.stylegan2 import Generator, NoiseMode
 from models.superres import SuperResolution

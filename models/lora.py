@@ -16,7 +16,7 @@ from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from models.cameras import is_number
+from models.limits import is_number
 from models.pretrained import fetch_weights, find_weights, one_line_errors, quiet_loading
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # The usual one of several in a folder.

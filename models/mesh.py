@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import atomic_write
+from harness.store import atomic_write
 from models.eg3d import TriPlaneGenerator
 from models.renderer import pixel_rays
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, CLIPTokenizer
 
-from models.download import HUB_ID
+from harness.download import HUB_ID
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # Where Stable Diffusion lives since its first homes on the hub were deleted.

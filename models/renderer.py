@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.cameras import is_number, split_label
+from models.cameras import split_label
+from models.limits import is_number
 from models.stylegan2 import FullyConnected
 
 # Samples evaluated at once [points]. On a CPU a chunk's activations should stay in the cache, but

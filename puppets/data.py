@@ -16,11 +16,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.pictures import to_uint8
+from harness.store import atomic_write
 from models.cameras import CameraSetup
-from models.checkpoint import atomic_write
 from puppets.domains import DOMAINS, ODD_HAIR, SOURCE, TARGETS
 from puppets.heads import Z_DIM, caption, render
-from render import to_uint8
 
 ROOT = Path(".pretrain")  # Ignored by git.
 SHARD = 128

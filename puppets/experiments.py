@@ -27,18 +27,20 @@ from tqdm import tqdm
 import bench
 import eval as evaluation
 import train
+from files.generators import load_generator
+from harness.cli import run_cli
+from harness.pictures import image_grid, save_image, save_video, to_uint8
+from harness.store import atomic_write
+from harness.tables import Row, cell
 from methods import EDITS, METHODS
-from models.checkpoint import atomic_write, load_generator
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
 from puppets.heads import Z_DIM
 from puppets.heads import render as draw_truth
-from render import PITCH, image_grid, orbit, save_image, save_video, to_uint8
+from render import PITCH, orbit
 from render import render as render_views
-from runs import run_cli
-from tables import Row, cell
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")

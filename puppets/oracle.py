@@ -24,14 +24,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import eval as evaluation
+from harness.cli import run_cli
+from harness.pictures import read_picture, to_image
+from harness.run_folder import locate
 from metrics import angle_deg, distances
 from models.cameras import split_label
 from models.features import ClipFeatures
+from models.fingerprints import fingerprint_generator
 from puppets.data import DOMAIN_NAMES
 from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
-from render import load_run, read_picture, to_image
-from runs import fingerprint_generator, locate, run_cli
+from render import load_run
 
 ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 SIZE = 128  # Height and width of the pictures it reads, pixels.
@@ -279,7 +282,7 @@ def load_oracle(path: Path = ORACLE) -> Oracle:
         ValueError: there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing: python -m puppets.pretrain oracle makes it")
+        raise ValueError(f"{path} is missing: python -m puppets.fit.pretrain oracle makes it")
     oracle = Oracle()
     oracle.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return oracle.eval().requires_grad_(False)

@@ -12,13 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_generator import small_generator
 from tiny_run import build_generator
 
-from models.checkpoint import (
-    atomic_write,
-    load_checkpoint,
-    load_generator,
-    save_checkpoint,
-    save_generator,
-)
+from files.generators import load_generator, save_generator
+from harness.checkpoints import load_checkpoint, save_checkpoint
+from harness.store import atomic_write
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ import eval as evaluation
 import methods
 import render
 import train
-from models.checkpoint import save_generator
-from runs import remove_leftovers, run_cli, sole_writer
+from files.generators import save_generator
+from harness.cli import run_cli
+from harness.run_folder import remove_leftovers, sole_writer
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [

@@ -12,8 +12,8 @@ import torch
 from official_pickle import content_of, write_pickle
 from tiny_run import build_generator
 
+from files.generators import load_generator, save_generator
 from models import download
-from models.checkpoint import load_generator, save_generator
 
 
 @pytest.fixture(autouse=True)

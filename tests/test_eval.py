@@ -20,18 +20,19 @@ from tiny_run import RENDERING, build_generator, hurry, run, world
 import eval as evaluation
 import methods
 import metrics
-import tables
 import train
 from eval import Config, Renders, Source, Views
+from files.generators import load_generator, save_generator
+from harness import tables
+from harness.pictures import image_grid, save_image, to_uint8
+from harness.run_folder import REPOSITORY
 from models.cameras import orbit
-from models.checkpoint import load_generator, save_generator
 from models.eg3d import TriPlaneGenerator
+from models.fingerprints import fingerprint_generator
 from models.renderer import pixel_rays
 from puppets import experiments, heads, oracle
 from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import DOMAINS, HELD_OUT
-from render import image_grid, save_image, to_uint8
-from runs import REPOSITORY, fingerprint_generator
 
 
 class FakeClip:

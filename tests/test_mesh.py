@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from tiny_generator import small_generator
 
 import models.mesh
-from models.checkpoint import load_generator
+from files.generators import load_generator
+from harness.run_folder import REPOSITORY
 from models.mesh import Mesh, extract_mesh, save_mesh, visible_box
 from puppets import heads
 from render import seed_to_ws, seed_to_z
-from runs import REPOSITORY
 
 PLY = b"""ply
 format binary_little_endian 1.0

@@ -24,10 +24,10 @@ from tiny_run import build_generator
 from torch import nn
 
 import convert
-from models.checkpoint import load_generator, save_generator
+from files.generators import load_generator, save_generator
+from files.official import read_official_pickle
+from files.pickles import OPCODES, Stored, read_pickle, read_saved, to_numbers
 from models.eg3d import TriPlaneGenerator
-from models.official import read_official_pickle
-from models.pickles import OPCODES, Stored, read_pickle, read_saved, to_numbers
 
 DATA = Path(__file__).parent / "data"
 
@@ -1032,7 +1032,7 @@ def test_misbuilt_generators_are_read_or_refused():
 LOAD = """
 import json, re, sys, time
 import torch
-from models.checkpoint import load_generator
+from files.generators import load_generator
 from models.eg3d import TriPlaneGenerator
 
 def state():

@@ -16,8 +16,8 @@ import torch
 from official_pickle import content_of, write_pickle
 from tiny_generator import even_samples, fill_parameters
 
+from files.generators import load_generator
 from models.cameras import CameraSetup, fov_to_intrinsics, orbit
-from models.checkpoint import load_generator
 from models.eg3d import TriPlaneGenerator
 from models.renderer import (
     expected_depth,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import train
+from files.generators import load_generator
 from losses import guided_noise
-from models.checkpoint import load_generator
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from puppets import heads

@@ -16,10 +16,11 @@ import pytest
 import torch
 from tiny_run import arguments, contents, hurry, run
 
-import ranks
 import train
-from models.checkpoint import load_checkpoint
-from runs import run_cli, sole_writer
+from harness import ranks
+from harness.checkpoints import load_checkpoint
+from harness.cli import run_cli
+from harness.run_folder import sole_writer
 
 SHORT = {"steps": 3, "batch": 4, "save_every": 1, "grid_every": 2}
 LIMIT = 300  # Seconds until a launch counts as hanging; it takes a few, on an idle machine.

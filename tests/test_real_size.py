@@ -13,8 +13,8 @@ from safetensors import safe_open
 import bench
 import methods
 import train
-from models.checkpoint import load_generator
-from runs import REPOSITORY
+from files.generators import load_generator
+from harness.run_folder import REPOSITORY
 
 
 def write_stable_diffusion(folder):

@@ -12,7 +12,7 @@ from tiny_generator import even_samples
 from tiny_run import build_generator, hurry, run, world
 
 import render
-from models.checkpoint import save_generator
+from files.generators import save_generator
 
 RENDER = {"seeds": "3,5", "device": "cpu"}
 

@@ -23,8 +23,9 @@ from tiny_run import arguments, build_generator, contents, hurry, run, world
 import losses
 import methods
 import train
+from files.generators import load_generator, save_generator
+from harness.checkpoints import load_checkpoint
 from losses import hsc_loss, sds_loss, source_noise
-from models.checkpoint import load_checkpoint, load_generator, save_generator
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
@@ -197,7 +198,9 @@ class HalfWritten:
 
 @pytest.mark.parametrize("error", [Stopped, OSError])
 def test_fault_at_any_write_loses_nothing(tmp_path, cheap, monkeypatch, error):
-    monkeypatch.setattr("models.checkpoint.KEPT_CHECKPOINTS", 1)  # So that two steps see all acts.
+    monkeypatch.setattr(
+        "harness.checkpoints.KEPT_CHECKPOINTS", 1
+    )  # So that two steps see all acts.
     short = {"steps": 2, "save_every": 1, "grid_every": 9, "batch": 1}
     with pytest.MonkeyPatch.context() as monkeypatch:
         disk = Disk(monkeypatch, error=error)
@@ -817,7 +820,7 @@ def test_unknown_words_are_warned_of(tmp_path, capsys, cheap):
 
 def test_run_folder_may_move_with_its_repository(tmp_path, monkeypatch, cheap):
     def run_at(place):
-        monkeypatch.setattr("runs.REPOSITORY", tmp_path / place)
+        monkeypatch.setattr("harness.run_folder.REPOSITORY", tmp_path / place)
         names = {"generator": "generator.safetensors", "diffusion": "diffusion"}
         names |= {"features": "dino", "clip": "clip"}
         local = {name: str(tmp_path / place / "world" / file) for name, file in names.items()}

@@ -12,7 +12,8 @@ import torch
 from tiny_prior import build_clip, build_dino, build_prior, build_taesd, write_lora
 
 import train
-from models.checkpoint import load_checkpoint, save_generator
+from files.generators import save_generator
+from harness.checkpoints import load_checkpoint
 from models.diffusion import DiffusionPrior
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures

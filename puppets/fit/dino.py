@@ -13,8 +13,8 @@ from transformers import Dinov2Config, Dinov2Model
 from models.features import IMAGENET_MEAN, IMAGENET_STD, TokenFeatures
 from models.renderer import pixel_rays
 from puppets.data import CAMERAS, DOMAIN_NAMES, load, to_images
+from puppets.fit.pretrain import EAGER, OUT, Config, fit, percent, report
 from puppets.heads import Z_DIM, render
-from puppets.pretrain import EAGER, OUT, Config, fit, percent, report
 
 
 def build_vit() -> Dinov2Model:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from puppets.data import DOMAIN_NAMES, load, to_images
-from puppets.pretrain import DIFFUSION, Config, fit, report, save_sheet, warm_start
+from puppets.fit.pretrain import DIFFUSION, Config, fit, report, save_sheet, warm_start
 
 HARD = ("sketch", "clown", "elf")  # Thin lines: drawn twice as often as the others.
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures
 from puppets.data import DOMAIN_NAMES, ROOT, load, to_images
-from puppets.fit_clip import WIDTH, classify
-from puppets.fit_unet import embed_captions, noise_loss, prepare_latents, rough_depth, sample
-from puppets.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet
+from puppets.fit.clip import WIDTH, classify
+from puppets.fit.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet
+from puppets.fit.unet import embed_captions, noise_loss, prepare_latents, rough_depth, sample
 
 WEIGHTS = "ip-adapter_sd15.safetensors"
 

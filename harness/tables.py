@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.checkpoint import atomic_write
+from harness.store import atomic_write
 
 PANELS = 4  # Of a plot, side by side.
 BAR, LETTER = 0.25, 0.08  # Height of a bar and width of a letter, inches.

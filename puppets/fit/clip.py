@@ -21,16 +21,7 @@ from transformers import (
 from models.features import ClipFeatures, clip_preprocess, clip_tokenize
 from puppets.data import DOMAIN_NAMES, ROOT, load, to_images
 from puppets.domains import DOMAINS
-from puppets.pretrain import (
-    DIFFUSION,
-    EAGER,
-    OUT,
-    Config,
-    fit,
-    percent,
-    report,
-    warm_start,
-)
+from puppets.fit.pretrain import DIFFUSION, EAGER, OUT, Config, fit, percent, report, warm_start
 
 LENGTH = 32  # Tokens a prompt can have.
 WIDTH = 128  # Of text and picture embeddings.

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.checkpoint import atomic_write, load_generator, save_generator
+from files.generators import load_generator, save_generator
+from harness.pictures import to_uint8
+from harness.store import atomic_write
 from models.eg3d import TriPlaneGenerator
 from puppets import heads
 from puppets.data import CAMERAS, ROOT, to_images
-from puppets.pretrain import OUT, Config, fit, report, save_sheet, warm_start
-from render import to_uint8
+from puppets.fit.pretrain import OUT, Config, fit, report, save_sheet, warm_start
 
 NEAR, FAR = 2.30, 2.85  # Where a camera's rays can meet a head.
 

@@ -1,10 +1,10 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
-First `python -m puppets.data`, then `python -m puppets.pretrain PART` with PART one of clip, vae,
-unet, ip-adapter, dino, oracle, generator. The UNet needs CLIP and VAE, the IP-Adapter the UNet; all
-others stand alone. Optimiser state goes to `.pretrain/PART.pt` every three minutes; the finished
-part is written in the formats of real checkpoints to `checkpoints/puppets`, and its validation
-figures to REPORT.md there.
+First `python -m puppets.data`, then `python -m puppets.fit.pretrain PART` with PART one of clip,
+vae, unet, ip-adapter, dino, oracle, generator. The UNet needs CLIP and VAE, the IP-Adapter the
+UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt` every three minutes; the
+finished part is written in the formats of real checkpoints to `checkpoints/puppets`, and its
+validation figures to REPORT.md there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.checkpoint import atomic_write
+from harness.pictures import image_grid, save_image
+from harness.store import atomic_write
 from puppets.data import ROOT
-from render import image_grid, save_image
 
 OUT = Path("checkpoints/puppets")
 DIFFUSION = OUT / "diffusion"
@@ -37,7 +37,7 @@ Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator
 
 @dataclass
 class Config:
-    """Options of puppets.pretrain."""
+    """Options of puppets.fit.pretrain."""
 
     part: tyro.conf.Positional[Part]  # Which network to train.
     steps: int | None = None  # Optimiser steps; each part knows its own default.
@@ -174,7 +174,7 @@ def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | st
     text = path.read_text() if path.exists() else "# How the embedded checkpoints were made\n"
     sections = {s.split("\n", 1)[0]: s for s in text.split("\n## ")}
     options = " --warm-start" * cfg.warm_start + (f" --steps {cfg.steps}" if cfg.steps else "")
-    command = f"python -m puppets.pretrain {part}{options}"
+    command = f"python -m puppets.fit.pretrain {part}{options}"
     lines = [f"{part}\n", f"`{command}`, seed 0, {minutes:.0f} minutes on {cfg.device}", ""]
     lines += ["| figure | value |", "|---|---|"]
     lines += [
@@ -200,7 +200,7 @@ def main(cfg: Config) -> None:
     """Train one part and write it."""
     torch.set_num_threads(cfg.threads)
     ROOT.mkdir(exist_ok=True)
-    import_module(f"puppets.fit_{cfg.part.replace('-', '_')}").train(cfg)
+    import_module(f"puppets.fit.{cfg.part.replace('-', '_')}").train(cfg)
 
 
 if __name__ == "__main__":

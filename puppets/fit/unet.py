@@ -13,14 +13,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from harness.store import atomic_write
 from losses import guided_noise
-from models.checkpoint import atomic_write
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import ClipFeatures, clip_tokenize
 from puppets.data import ROOT, load, to_images
 from puppets.domains import DOMAINS
-from puppets.fit_clip import LENGTH, WIDTH, classify
-from puppets.pretrain import DIFFUSION, OUT, Config, fit, percent, report, save_sheet, warm_start
+from puppets.fit.clip import LENGTH, WIDTH, classify
+from puppets.fit.pretrain import (
+    DIFFUSION,
+    OUT,
+    Config,
+    fit,
+    percent,
+    report,
+    save_sheet,
+    warm_start,
+)
 
 
 def build_unet() -> UNet2DConditionModel:

@@ -1,29 +1,27 @@
-"""Generators and training states on disk, written so that a kill never destroys what was there.
+"""Generators on disk: our own format, and the way to all others.
 
 A generator file is a .safetensors whose tensors have EG3D's state-dict names and whose header
-holds, as JSON, what the constructor needs. A run folder is what train.py writes; of it, this
-module knows config.json, generator.safetensors and the newest two ckpt-<step>.pt. Generators are
-also read from EG3D's own files (models/official.py), and by hub id or URL (models/download.py).
+holds, as JSON, what the constructor needs. Of a run folder this module knows config.json and
+generator.safetensors. Generators are also read from EG3D's own files (files/official.py), and by
+hub id or URL (harness/download.py).
 """
 
 import json
 import os
 import pickle
-import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.cameras import LABEL_SIZE, is_number
-from models.download import fetch
+from files.official import read_official_pickle, read_state_dict
+from harness.download import fetch
+from harness.store import atomic_write
+from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
-from models.official import read_official_pickle, read_state_dict
+from models.limits import is_number
 
 FORMAT = "eg3d-safetensors"
 TORCH_BEGINS = (b"PK", b"\x80\x02\x8a\x0a")  # Files of torch.save, since and before version 1.6.
@@ -38,7 +36,6 @@ FILE_ERRORS = (
     ValueError,
 )
 MAX_RENDER = 4096  # Pixels before super-resolution; a guard against files.
-KEPT_CHECKPOINTS = 2  # One more than a resume needs, should the newest prove unreadable.
 
 
 def load_generator(source: str | Path, device: str | torch.device = "cpu") -> TriPlaneGenerator:
@@ -88,61 +85,6 @@ def save_generator(
     _check_finite(tensors)
     content = _sort_header(safetensors.torch.save(tensors, metadata))
     atomic_write(path, lambda file: file.write(content))
-
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write a training state as `<run>/ckpt-<step>.pt`, and delete all but the newest two.
-
-    Args:
-        path: Where to; the digits in its name are the step.
-        state: Nested dicts and lists of tensors, numbers and strings; `step` is in it.
-    """
-    atomic_write(path, lambda file: torch.save(state, file))
-    for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
-        old.unlink()
-
-
-def load_checkpoint(folder: str | Path) -> dict | None:
-    """Return the newest training state of a run that can be read, tensors on the CPU, or None.
-
-    A file that cannot be read is passed over with a line on stderr.
-    """
-    for path in _checkpoints(Path(folder)):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
-                raise ValueError("no training state")
-            return state
-        # Depending on where a file is cut, torch raises OSError, EOFError, RuntimeError, ...
-        except Exception as error:
-            print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
-    return None
-
-
-def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that at any moment `path` is the old content or the new, never a part.
-
-    Args:
-        path: The file; its folder exists.
-        write: Called with a binary file to write the content to.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return a run's ckpt-<step>.pt, newest first."""
-    steps = {p: re.fullmatch(r"ckpt-(\d+)\.pt", p.name) for p in folder.glob("ckpt-*.pt")}
-    return sorted((p for p in steps if steps[p]), key=lambda p: int(steps[p][1]), reverse=True)
 
 
 def _find_generator(source: str | Path) -> Path:

@@ -1,33 +1,20 @@
-"""Run folders and command lines: what train.py, render.py and eval.py have in common.
+"""Run folders: what is in them, who may write, and whose they are.
 
 A run folder holds config.json (what the run was made with), log.jsonl (a row per step),
-grid-<step>.png, reference.png (if a picture was given), and what models/checkpoint.py writes.
+grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt and generator.safetensors.
 """
 
-import errno
-import io
 import json
-import operator
 import os
-import re
-import signal
-import sys
 import tempfile
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from itertools import dropwhile, takewhile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import tyro
-from torch import nn
+from harness.store import atomic_write
 
-import ranks
-from models.checkpoint import atomic_write
-
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = (
     "config.json",
     "log.jsonl",
@@ -45,55 +32,6 @@ SETTINGS_READ = {
     "generator": TEXT,
     "clip": TEXT,
 }
-
-
-def run_cli(config: type, main: Callable, description: str) -> None:
-    """Parse the command line and call `main`; what a user can mend becomes one line, no traceback.
-
-    Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
-    """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        with ranks.one_voice():
-            main(parse_options(config, description))
-    except (ValueError, FloatingPointError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
-        sys.exit(2 if wrong else 1)
-    except RuntimeError as error:  # What torch raises without memory, on any device.
-        if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def parse_options(config: type, description: str) -> object:
-    """Parse the command line; of its mistakes tyro's box of several lines becomes one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(config, description=description)
-    except SystemExit as stop:
-        if stop.code:  # None or 0 after --help.
-            lines = re.sub("[│╭╮╰╯─]|-{5,}", "", box.getvalue()).splitlines()
-            title, *lines = map(str.strip, lines)
-            reason = " ".join(takewhile(bool, dropwhile(operator.not_, lines))) or title
-            meant = re.search(r"you meant:.*?(--[\w-]+)", " ".join(lines))
-            hint = f"perhaps {meant[1]}; " if meant else ""
-            print(f"error: {reason.rstrip('.')} ({hint}--help lists all options)", file=sys.stderr)
-        raise
-
-
-@contextmanager
-def options_settled() -> Iterator[None]:
-    """Mark the part of a script where a ValueError is no option's fault: it keeps its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise RuntimeError("a bug, since every option had been checked") from error
 
 
 @contextmanager
@@ -120,53 +58,6 @@ def sole_writer(path: Path, wait: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"--out {path}: another process is training there") from error
         yield
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl+C and SIGTERM in a list, to be read between two steps; a second one kills."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device of this name; None is a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):  # torch knows more, such as meta.
-        raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {name}")
-    try:
-        return torch.empty(0, device=name).device
-    # Without such a device torch raises RuntimeError, without CUDA also AssertionError.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}") from error
-
-
-def peak_gb(device: torch.device) -> float:
-    """Return the most memory used so far: a GPU's own, else the whole process's; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows.
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # Bytes on a Mac, else kilobytes.
 
 
 def portable(source: str) -> str:
@@ -281,20 +172,6 @@ def remove_leftovers(folder: Path) -> None:
     for name in RUN_FILES:
         for temporary in folder.glob(f".{name}.tmp"):
             temporary.unlink()
-
-
-def fingerprint(networks: Iterable[nn.Module | None], settings: object = None) -> str:
-    """Return a checksum of networks' weights and of settings that JSON knows."""
-    crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    for network in networks:
-        for tensor in network.state_dict().values() if network else ():
-            crc = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), crc)
-    return f"crc32 {crc:08x}"
-
-
-def fingerprint_generator(G: nn.Module) -> str:
-    """Return a checksum of all that decides what a generator draws."""
-    return fingerprint([G], [G.rendering_kwargs, G.neural_rendering_resolution])
 
 
 def trim_log(folder: Path, step: int) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from metrics import angle_deg
 from puppets.data import load, to_images
+from puppets.fit.pretrain import Config, fit, percent, report, warm_start
 from puppets.heads import identity
 from puppets.oracle import BATCH, ORACLE, Oracle, camera_direction, load_oracle
-from puppets.pretrain import Config, fit, percent, report, warm_start
 
 
 def train(cfg: Config) -> None:

@@ -1,6 +1,6 @@
 """EG3D's own files: released .pkl, and state dicts (.pth) with EG3D's names.
 
-Both become what models/checkpoint.py builds a generator from: a header as in our files, and the
+Both become what files/generators.py builds a generator from: a header as in our files, and the
 tensors by state-dict key, float32. A .pkl holds the whole training state of a GAN, of which G_ema
 counts; a state dict holds no configuration, so its shapes must be a released network's.
 """
@@ -14,16 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from files.pickles import Inert, Storage, Stored, read_pickle, read_saved, read_storage, to_numbers
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
-from models.pickles import (
-    Inert,
-    Storage,
-    Stored,
-    read_pickle,
-    read_saved,
-    read_storage,
-    to_numbers,
-)
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)

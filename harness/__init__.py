@@ -1,0 +1,1 @@
+"""What every script needs and no network: command lines, run folders, pictures, tables."""
