@@ -93,7 +93,7 @@ def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) 
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
-def sds_loss(
+def dsds_loss(
     prior: NoisePredictor,
     latents: Tensor,
     condition: Condition,
@@ -104,7 +104,12 @@ def sds_loss(
     mask: Tensor | None = None,
     baseline: Tensor | None = None,
 ) -> Tensor:
-    """Score distillation sampling (DreamFusion, arXiv:2209.14988, Eq. 3).
+    """Depth-aware score distillation (GCA-3D, arXiv:2412.15491, L_DSDS).
+
+    Score distillation sampling (DreamFusion, arXiv:2209.14988, Eq. 3) whose prior sees the depth of
+    the *source* generator's image of the same latent and camera, and whose gradient acts on its
+    foreground; without both it is plain SDS. GCA-3D's formula has no VAE; here, as in all latent
+    SDS, the gradient passes through its encoder. GCA-3D gives no w(t): it is DreamFusion's.
 
     The U-Net Jacobian is left out on purpose: the value returned is only a carrier, built so that
     its gradient w.r.t. `latents` is w(t) * mask * (eps_hat - noise), w(t) = 1 - abar_t. It is
@@ -138,29 +143,6 @@ def sds_loss(
             _check_shape("mask", mask, (b, 1, None, None))
             grad = F.adaptive_avg_pool2d(mask.to(grad.dtype), (h, w)) * grad
     return _carrier(latents, grad)
-
-
-def dsds_loss(
-    prior: NoisePredictor,
-    latents: Tensor,
-    condition: Condition,
-    t: Tensor,
-    noise: Tensor,
-    guidance: float,
-    depth: Tensor,
-    mask: Tensor,
-    baseline: Tensor | None = None,
-) -> Tensor:
-    """Depth-aware score distillation (GCA-3D, arXiv:2412.15491, L_DSDS).
-
-    SDS whose prior sees the depth of the *source* generator's image of the same latent and camera,
-    and whose gradient acts on its foreground. The paper's formula has no VAE; here, as in all
-    latent SDS, the gradient passes through its encoder. w(t) is not given there: DreamFusion's.
-
-    Raises:
-        ValueError: a tensor is of another shape than the module's docstring says.
-    """
-    return sds_loss(prior, latents, condition, t, noise, guidance, depth, mask, baseline)
 
 
 @torch.no_grad()

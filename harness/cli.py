@@ -2,29 +2,44 @@
 
 import errno
 import io
-import operator
+import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from itertools import dropwhile, takewhile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TypeVar
 
 import tyro
 
-from harness import ranks
+Options = TypeVar("Options")
 
 
-def run_cli(config: type, main: Callable, description: str) -> None:
-    """Parse the command line and call `main`; what a user can mend becomes one line, no traceback.
+def run_cli(config: type, main: Callable, description: str, additive: Collection[str] = ()) -> None:
+    """Parse the command line and call `main`; what a user can mend becomes one line.
+
+    Args:
+        config: The dataclass of the script's options.
+        main: Called with an instance of it.
+        description: The head of --help.
+        additive: Options that may be repeated, whose values then add up.
+    """
+    with exit_codes():
+        argv = merge_repeats(sys.argv[1:], additive)
+        main(parse_options(config, argv, description))
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
 
     Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        with ranks.one_voice():
-            main(parse_options(config, description))
+        with one_voice():
+            yield
     except (ValueError, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
@@ -39,21 +54,71 @@ def run_cli(config: type, main: Callable, description: str) -> None:
         sys.exit(130)
 
 
-def parse_options(config: type, description: str) -> object:
-    """Parse the command line; of its mistakes tyro's box of several lines becomes one line."""
+def is_first() -> bool:
+    """Return whether this process is the one that speaks and writes, of several that train."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Keep every process but the first from printing."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def parse_options(
+    config: type[Options], argv: Sequence[str], description: str, default: Options | None = None
+) -> Options:
+    """Parse a command line; tyro's box about a mistake becomes one line.
+
+    Raises:
+        SystemExit: after --help (0), or an option that cannot be read (2).
+    """
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(config, description=description)
+            return tyro.cli(config, args=argv, description=description, default=default)
     except SystemExit as stop:
         if stop.code:  # None or 0 after --help.
-            lines = re.sub("[│╭╮╰╯─]|-{5,}", "", box.getvalue()).splitlines()
-            title, *lines = map(str.strip, lines)
-            reason = " ".join(takewhile(bool, dropwhile(operator.not_, lines))) or title
-            meant = re.search(r"you meant:.*?(--[\w-]+)", " ".join(lines))
+            # tyro has no hook for its messages: a box with a title, the reason, a rule, advice.
+            title, *lines = (line.strip(" │╭╮╰╯─") for line in box.getvalue().splitlines())
+            reason = " ".join("\n".join(lines).strip().split("\n\n")[0].splitlines()) or title
+            meant = re.search(r"you meant:.*?(--[\w.-]+)", " ".join(lines))
             hint = f"perhaps {meant[1]}; " if meant else ""
             print(f"error: {reason.rstrip('.')} ({hint}--help lists all options)", file=sys.stderr)
         raise
+
+
+def merge_repeats(argv: Sequence[str], additive: Collection[str]) -> list[str]:
+    """Put the values of a repeated option behind those it had before, or refuse the repetition.
+
+    Args:
+        argv: A command line, without the script's name.
+        additive: Names of the options whose values add up, such as "lora" for --lora.
+
+    Raises:
+        ValueError: another option is given twice.
+    """
+    words: dict[str, list[str]] = {"": []}  # Each option's values, in order of appearance.
+    flag = ""
+    for word in argv:
+        if not re.match(r"--?[A-Za-z]", word):  # A value; -1 is one too.
+            words[flag].append(word)
+            continue
+        name, equals, value = word.partition("=")
+        flag = "--" + name.lstrip("-").replace("_", "-") if name.startswith("--") else name
+        values = [value] if equals else []
+        if flag not in words:
+            words[flag] = values
+        elif flag.lstrip("-").replace("-", "_") in additive:
+            words[flag] += values
+        else:
+            raise ValueError(f"{flag} is given twice")
+    before = words.pop("")
+    return before + [word for flag, values in words.items() for word in (flag, *values)]
 
 
 @contextmanager

@@ -7,12 +7,13 @@ import torch
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device of this name; None is a GPU where there is one.
+    """Return the device of this name; None and auto are a GPU where there is one.
 
     Raises:
         ValueError: there is no such device here.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):  # torch knows more, such as meta.
         raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {name}")
     try:

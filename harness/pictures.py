@@ -1,13 +1,18 @@
 """Pictures: from files to images [B, 3, H, W] in [-1, 1], and back to grids and animations."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from harness.store import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRID_COLUMNS = 8
 
@@ -20,11 +25,13 @@ FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Turn images [B, 3, H, W] in [-1, 1] into bytes [B, H, W, 3], rounded as EG3D does."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return (images * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_image(picture: Image.Image) -> Tensor:
     """Turn an RGB picture into an image [1, 3, H, W] in [-1, 1]."""
+    import torch  # Here, since options are read before torch is imported.
+
     pixels = torch.from_numpy(np.array(picture))  # [H, W, 3]
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -52,10 +59,26 @@ def save_image(image: Image.Image, path: Path) -> None:
     atomic_write(path, lambda file: image.save(file, format="PNG"))
 
 
+def save_pictures(pictures: Iterable[Image.Image], path: Path) -> None:
+    """Write PNGs as <path>, <path stem>-2.png, <path stem>-3.png, ..."""
+    for number, picture in enumerate(pictures, 1):
+        name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        save_image(picture, name)
+
+
 def save_video(frames: list[Image.Image], path: Path) -> None:
     """Write an animated WebP that loops, completely or not at all."""
     options = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MS, "loop": 0}
     atomic_write(path, lambda file: frames[0].save(file, format="WEBP", quality=90, **options))
+
+
+def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
+    """Read pictures, and all pictures of folders.
+
+    Raises:
+        ValueError: one is missing or no picture.
+    """
+    return [read_picture(path) for path in paths]
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -7,31 +7,16 @@ one process, which has the whole batch, waits for nobody and is the first.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def first() -> bool:
-    """Return whether this process is the one that speaks and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def count() -> int:
     """Return how many processes train as one."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextmanager
-def one_voice() -> Iterator[None]:
-    """Keep every process but the first from printing."""
-    if first():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
 
 
 @contextmanager
@@ -51,7 +36,7 @@ def joined(device: str | None) -> Iterator[None]:
     # Tensors on GPUs travel by nccl; gloo, for those on the CPU, is also what `meet` uses.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     try:
-        if device not in (None, "cpu", "cuda"):
+        if device not in (None, "auto", "cpu", "cuda"):
             raise ValueError(f"--device of several processes must be cpu or cuda, got {device}")
         if gpus:
             _take_gpu(int(os.environ["LOCAL_RANK"]))

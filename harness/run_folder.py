@@ -6,6 +6,7 @@ grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt and gene
 
 import json
 import os
+import shlex
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -18,11 +19,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = (
     "config.json",
     "log.jsonl",
-    "reference.png",
+    "reference*.png",
     "grid-*.png",
     "ckpt-*.pt",
     "generator.safetensors",
 )
+# Settings that may differ between a run and its resume. Of pictures, what they show is compared.
+FREE_TO_CHANGE = {
+    *("out", "image", "device", "save_every", "grid_every", "dry_run"),
+    *("micro_batch", "low_memory", "compile"),  # Slower or faster; to rounding the same gradients.
+}
 # Settings that scripts read back from config.json, and the types they may have.
 TEXT, MAYBE_TEXT = (str,), (str, type(None))
 SETTINGS_READ = {
@@ -127,13 +133,12 @@ def read_settings(folder: Path) -> dict:
     return settings
 
 
-def check_run(folder: Path, settings: dict, free: set[str]) -> None:
+def check_run(folder: Path, settings: dict) -> None:
     """Refuse a run folder that was made with other settings.
 
     Args:
         folder: The run folder, which need not exist.
         settings: What the run is to be made with, as JSON knows it.
-        free: Settings that may change between a run and its resume.
 
     Raises:
         ValueError: naming the settings that differ, or another program's files in the way.
@@ -146,7 +151,9 @@ def check_run(folder: Path, settings: dict, free: set[str]) -> None:
             raise ValueError("--out is the working folder, which is no run and not empty")
         return
     then = read_settings(folder)
-    changed = [key for key in settings if key not in free and settings[key] != then.get(key)]
+    changed = [
+        key for key in settings if key not in FREE_TO_CHANGE and settings[key] != then.get(key)
+    ]
     if changed:
         differences = ", ".join(f"{key} ({then.get(key)}, now {settings[key]})" for key in changed)
         raise ValueError(
@@ -154,13 +161,13 @@ def check_run(folder: Path, settings: dict, free: set[str]) -> None:
         )
 
 
-def claim_run(folder: Path, settings: dict, free: set[str]) -> None:
+def claim_run(folder: Path, settings: dict) -> None:
     """Make a run folder and note its settings, or take over one that was made with them.
 
     Raises:
         ValueError: see `check_run`; or the folder cannot be made.
     """
-    check_run(folder, settings, free)
+    check_run(folder, settings)
     make_folder(folder)
     remove_leftovers(folder)
     text = json.dumps(settings, indent=2) + "\n"
@@ -183,3 +190,24 @@ def trim_log(folder: Path, step: int) -> None:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error
     atomic_write(path, lambda file: file.write("".join(kept).encode()))
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    """Return where a step's grid is."""
+    return folder / f"grid-{step:06d}.png"
+
+
+def is_finished(folder: Path, steps: int, state: dict | None) -> bool:
+    """Return whether a run, by its newest checkpoint, has taken all steps and has its results."""
+    results = (folder / "generator.safetensors", grid_path(folder, steps))
+    return bool(state and state["step"] == steps and all(path.exists() for path in results))
+
+
+def print_result(folder: Path, steps: int) -> None:
+    """Say where the result of a finished run is, and what to do with it."""
+    out = shlex.quote(str(folder))
+    print(f"{folder} is finished after {steps} steps.")
+    print(f"  generator  {folder / 'generator.safetensors'}")
+    print(f"  grid       {grid_path(folder, steps)}")
+    print(f"  render     python render.py --ckpt {out} --seeds 0-7 --out {out}/renders")
+    print("  resume     the same command, if a run was stopped; new settings want another --out")

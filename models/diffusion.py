@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,8 +134,7 @@ class DiffusionPrior:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         vae: str | Path | None = None,
-        lora: str | Path | None = None,
-        lora_scale: float = 1.0,
+        loras: Sequence[tuple[str | Path, float]] = (),
         vae_dtype: torch.dtype = torch.float32,
         recompute_vae: bool = False,
     ) -> "DiffusionPrior":
@@ -151,9 +151,8 @@ class DiffusionPrior:
                 float16: bfloat16 drowns the small difference that guidance amplifies.
             vae: Local folder or hub id of another VAE, or of TAESD, nine times cheaper and
                 coarser; a local diffusers folder gives its `vae/`. None: the model's own.
-            lora: File, folder or hub id (user/repo or user/repo/file) of a LoRA in kohya's or
-                diffusers' format, which is added to the weights.
-            lora_scale: Weight of the LoRA.
+            loras: Files, folders or hub ids (user/repo or user/repo/file) of LoRAs in kohya's or
+                diffusers' format, which are added to the weights, each with its weight.
             vae_dtype: Precision of the VAE.
             recompute_vae: Compute the VAE's activations again when going back, block by block,
                 instead of keeping them: less memory, the same gradients. TAESD stays as it is.
@@ -187,8 +186,8 @@ class DiffusionPrior:
             parts["controlnet"] = load_network(ControlNetModel, controlnet, dtype=dtype)
         tokenizer = load_tokenizer(source, "tokenizer")
         _check_fit(source, controlnet, tokenizer, **parts)
-        if lora is not None:
-            fuse_lora(lora, lora_scale, parts["unet"], parts["text_encoder"])
+        for lora, scale in loras:
+            fuse_lora(lora, scale, parts["unet"], parts["text_encoder"])
         if ip_adapter is not None:
             parts["image_encoder"] = _load_ip_adapter(ip_adapter, parts["unet"])
         parts = {name: network.to(device) for name, network in parts.items()}
@@ -199,6 +198,12 @@ class DiffusionPrior:
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        side = self.image_size // self.vae_scale_factor
+        return self.unet.config.in_channels, side, side
 
     def compile(self) -> None:
         """Let torch.compile make UNet, ControlNet and VAE encoder faster, from the second call on.
@@ -280,6 +285,7 @@ class DiffusionPrior:
         reference: Tensor | None = None,
         image_scale: float = 1.0,
         depth_scale: float = 1.0,
+        negative: str = "",
     ) -> Condition:
         """Return what to guide towards: a prompt, reference pictures, or both.
 
@@ -290,11 +296,12 @@ class DiffusionPrior:
             reference: [n, 3, H, W] in [-1, 1], any size; several pictures count as one condition.
             image_scale: Weight of the pictures beside the text.
             depth_scale: Weight of the depth (ControlNet's conditioning scale).
+            negative: Text of the unconditional half: what to guide away from.
 
         Raises:
             ValueError: a reference is given and no IP-Adapter was loaded.
         """
-        text = self.encode_text(["", prompt])
+        text = self.encode_text([negative, prompt])
         if reference is None:
             return Condition(text, depth_scale=depth_scale)
         given = self.encode_reference(reference).transpose(0, 1)  # [1, n, E] or [1, n, L, E]

@@ -8,6 +8,7 @@ rendering resolution, R the image's. Images are in [-1, 1], depths are distances
 """
 
 import copy
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
 from models.limits import is_number
-from models.renderer import Decoder, RayOptions, evaluate_points, pixel_rays, render
+from models.renderer import (
+    Decoder,
+    RayOptions,
+    Rays,
+    draw_rays,
+    evaluate_points,
+    pixel_rays,
+    render,
+)
 from models.stylegan2 import Generator, NoiseMode
 from models.superres import SuperResolution
 
@@ -44,6 +53,8 @@ class TriPlaneGenerator(nn.Module):
     Attributes that may be changed after construction: `rendering_kwargs`, `plane_axes` [3, 3, 3]
     and `neural_rendering_resolution`.
     """
+
+    gives = frozenset({"image", "image_depth", "mask", "features", "planes"})
 
     def __init__(
         self,
@@ -196,7 +207,7 @@ class TriPlaneGenerator(nn.Module):
         superresolve: bool = True,
         planes: Tensor | None = None,
         force_fp32: bool = False,
-        rows: slice | None = None,
+        rays: Rays | None = None,
         sample_mult: int = 1,
     ) -> dict[str, Tensor]:
         """Render ws from the cameras c.
@@ -208,10 +219,10 @@ class TriPlaneGenerator(nn.Module):
             neural_rendering_resolution: n for this call; None is the generator's own.
             noise_mode: Noise of the backbone. Super-resolution has its own, in rendering_kwargs.
             superresolve: Make `image`.
-            planes: What `planes(ws[rows])` returned before, to skip the backbone.
+            planes: What `planes(ws)` returned before, to skip the backbone.
             force_fp32: No half precision.
-            rows: Which of ws to render; None: all. They come out as they would among all: rays are
-                drawn for the whole batch, whose depths also bound those of empty rays.
+            rays: What `rays(c)` drew before, for two generators to see the same, or a part of it
+                that belongs to these ws and c; then n and sample_mult are those of the draw.
             sample_mult: So many times as many samples on each ray; EG3D's videos take 2.
 
         Returns:
@@ -226,28 +237,25 @@ class TriPlaneGenerator(nn.Module):
             ValueError: `c` does not hold cameras for each of ws, `ws` is of another shape, or n is
                 no size.
         """
-        n = neural_rendering_resolution
-        n = self.neural_rendering_resolution if n is None else n
         views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
         if views.ndim != 3 or len(views) != len(ws):
             raise ValueError(
                 f"c must be [B, 25] or [B, K, 25] with B = {len(ws)} as ws, got {list(c.shape)}"
             )
-        if ws.ndim != 3 or ws.shape[1] != self.backbone.num_ws or n < 1:
+        if ws.ndim != 3 or ws.shape[1] != self.backbone.num_ws:
             raise ValueError(
-                f"ws must be [B, {self.backbone.num_ws}, {self.w_dim}] and n at least 1, got "
-                f"{list(ws.shape)} and {n}"
+                f"ws must be [B, {self.backbone.num_ws}, {self.w_dim}], got {list(ws.shape)}"
             )
-        rows = rows or slice(None)
+        if rays is None:
+            n = self._side(neural_rendering_resolution)  # A size that cannot be is refused first.
         if planes is None:
-            planes = self.planes(ws[rows], noise_mode, force_fp32)
-        origins, directions = (
-            rays.unflatten(0, views.shape[:2]).flatten(1, 2)
-            for rays in pixel_rays(views.flatten(0, 1), n)
-        )  # [B, K * n * n, 3]
-        maps = self._render(planes, origins, directions, rows, sample_mult)
+            planes = self.planes(ws, noise_mode, force_fp32)
+        if rays is None:
+            rays = self.rays(c, n, sample_mult)
+        n = isqrt(rays.depths.shape[1] // views.shape[1])
         features, depth, acc = (
-            m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1) for m in maps
+            m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1)
+            for m in self._march(planes, rays)
         )  # [B * K, channels, n, n]
         out = {
             "image_raw": features[:, : self.img_channels],
@@ -260,11 +268,36 @@ class TriPlaneGenerator(nn.Module):
             out["image"] = self.superresolution(
                 out["image_raw"],
                 features,
-                ws[rows].repeat_interleave(views.shape[1], dim=0),
+                ws.repeat_interleave(views.shape[1], dim=0),
                 self.rendering_kwargs.get("superresolution_noise_mode", "none"),
                 force_fp32,
             )
         return out
+
+    def rays(
+        self, c: Tensor, neural_rendering_resolution: int | None = None, sample_mult: int = 1
+    ) -> Rays:
+        """Draw the rays of a render: all that is random in it.
+
+        Args:
+            c: Camera labels, [B, 25] or [B, K, 25], as in `synthesis`.
+            neural_rendering_resolution: n for this call; None is the generator's own.
+            sample_mult: So many times as many samples on each ray.
+
+        Returns:
+            Rays of [B, K * n * n].
+
+        Raises:
+            ValueError: n is no size.
+        """
+        n = self._side(neural_rendering_resolution)
+        views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
+        origins, directions = (
+            rays.unflatten(0, views.shape[:2]).flatten(1, 2)
+            for rays in pixel_rays(views.flatten(0, 1), n)
+        )  # [B, K * n * n, 3]
+        options = RayOptions.from_kwargs(self.rendering_kwargs).with_samples(sample_mult)
+        return draw_rays(origins, directions, options)
 
     def render_rays(
         self, planes: Tensor, origins: Tensor, directions: Tensor
@@ -280,7 +313,8 @@ class TriPlaneGenerator(nn.Module):
             Features [B, M, 32] in [-1, 1] (the first three are the colour), depth [B, M, 1] and
             opacity acc [B, M, 1].
         """
-        features, depth, acc = self._render(planes, origins, directions)
+        options = RayOptions.from_kwargs(self.rendering_kwargs)
+        features, depth, acc = self._march(planes, draw_rays(origins, directions, options))
         return features.mT, depth.mT, acc.mT
 
     def sample_mixed(
@@ -343,17 +377,17 @@ class TriPlaneGenerator(nn.Module):
         state_dict.setdefault(f"{prefix}dataset_label_std", self.dataset_label_std)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _render(
-        self,
-        planes: Tensor,
-        origins: Tensor,
-        directions: Tensor,
-        rows: slice | None = None,
-        sample_mult: int = 1,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _side(self, n: int | None) -> int:
+        """Return the neural rendering resolution of a call; None is the generator's own."""
+        n = self.neural_rendering_resolution if n is None else n
+        if n < 1:
+            raise ValueError(f"neural_rendering_resolution must be at least 1, got {n}")
+        return n
+
+    def _march(self, planes: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
         """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
-        options = RayOptions.from_kwargs(self.rendering_kwargs).with_samples(sample_mult)
-        return render(planes, self.decoder, origins, directions, self.plane_axes, options, rows)
+        options = RayOptions.from_kwargs(self.rendering_kwargs)
+        return render(planes, self.decoder, rays, self.plane_axes, options)
 
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:
         """Return the mask: acc where depth is less than the foreground's, softly."""

@@ -385,33 +385,40 @@ def evaluate_points(
     return sigma.unsqueeze(-1), widen(colour).mT
 
 
-def render(
-    planes: Tensor,
-    decoder: Decoder,
-    origins: Tensor,
-    directions: Tensor,
-    plane_axes: Tensor,
-    options: RayOptions,
-    rows: slice | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Render rays through tri-planes, coarse samples first, then importance samples.
+@dataclass(frozen=True)
+class Rays:
+    """The rays of a render with all random numbers in it; a part of a batch can be cut out.
 
-    All random numbers are drawn first: `rand_like` [B, M, S, 1], then `rand` [B * M, S2].
+    Attributes:
+        origins: [B, M, 3].
+        directions: Unit length, [B, M, 3].
+        depths: Coarse sample depths, ascending, [B, M, S].
+        uniform: Random numbers that place the fine samples, [B, M, S2].
+        nearest: Least depth among the whole batch's samples.
+        farthest: Greatest of them. EG3D gives it to empty rays.
+    """
+
+    origins: Tensor
+    directions: Tensor
+    depths: Tensor
+    uniform: Tensor
+    nearest: Tensor
+    farthest: Tensor
+
+    def cut(self, rows: slice) -> "Rays":
+        """Return the rays of a part of the batch, which render as they would among all."""
+        parts = (self.origins, self.directions, self.depths, self.uniform)
+        return Rays(*(part[rows] for part in parts), self.nearest, self.farthest)
+
+
+def draw_rays(origins: Tensor, directions: Tensor, options: RayOptions) -> Rays:
+    """Draw all random numbers of a render: `rand_like` [B, M, S, 1], then `rand` [B * M, S2].
 
     Args:
-        planes: Tri-planes, [B, 3, C, P, P]; with `rows`, of these alone.
-        decoder: Plane features to density and colours.
         origins: Ray origins, [B, M, 3].
         directions: Unit ray directions, [B, M, 3].
-        plane_axes: Rows are the axes of each plane, [3, 3, 3].
         options: How rays are sampled.
-        rows: Which of the batch to render, just as they are in the whole; None: all.
-
-    Returns:
-        Features [B, C', M] in (-1, 1), depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Empty
-        rays have the greatest depth that the batch sampled.
     """
-    rows = rows or slice(None)
     origins, directions = origins.float(), directions.float()
     depths = coarse_depths(origins, directions, options)  # [B, M, S]
     uniform = depths.new_empty(*depths.shape[:2], 0)
@@ -419,32 +426,47 @@ def render(
         size = depths[..., 0].numel(), options.depth_resolution_importance
         uniform = torch.rand(*size, device=depths.device)
         uniform = uniform.unflatten(0, depths.shape[:2])  # [B, M, S2]
-    nearest, farthest = depths.min(), depths.max()
-    origins, directions, depths, uniform = (
-        whole[rows] for whole in (origins, directions, depths, uniform)
-    )
+    return Rays(origins, directions, depths, uniform, depths.min(), depths.max())
 
+
+def render(
+    planes: Tensor, decoder: Decoder, rays: Rays, plane_axes: Tensor, options: RayOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Render rays through tri-planes, coarse samples first, then importance samples.
+
+    Args:
+        planes: Tri-planes, [B, 3, C, P, P].
+        decoder: Plane features to density and colours.
+        rays: What `draw_rays` drew, or a part of it.
+        plane_axes: Rows are the axes of each plane, [3, 3, 3].
+        options: How rays are sampled.
+
+    Returns:
+        Features [B, C', M] in (-1, 1), depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Empty
+        rays have the greatest depth that the batch sampled.
+    """
+    depths, uniform = rays.depths, rays.uniform
     maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
     # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
-    starts = project(origins, projections).unsqueeze(2)
-    slopes = project(directions, projections).unsqueeze(2)
+    starts = project(rays.origins, projections).unsqueeze(2)
+    slopes = project(rays.directions, projections).unsqueeze(2)
 
     points = CHUNK_POINTS_GPU
     if maps.device.type == "cpu":
         points = CHUNK_POINTS_BACKWARD if maps.requires_grad else CHUNK_POINTS
-    rays = max(1, points // (len(depths) * depths.shape[-1]))
+    count = max(1, points // (len(depths) * depths.shape[-1]))  # Rays at once.
     chunks = zip(
-        starts.split(rays, 3),
-        slopes.split(rays, 3),
-        depths.split(rays, 1),
-        uniform.split(rays, 1),
+        starts.split(count, 3),
+        slopes.split(count, 3),
+        depths.split(count, 1),
+        uniform.split(count, 1),
         strict=True,
     )
     parts = [_render_chunk(maps, decoder, *chunk) for chunk in chunks]
     features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
     # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
-    depth = depth.clamp(nearest, farthest)
+    depth = depth.clamp(rays.nearest, rays.farthest)
     features = widen(features, acc)
     if options.white_back:
         features = features + (1 - acc)

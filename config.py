@@ -1,0 +1,461 @@
+"""What can be asked of train.py: its options, their bounds, and the presets of bases and methods.
+
+Nothing in here imports torch: --help and most refusals come within a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import inf, isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from PIL import Image
+from tyro.constructors import PrimitiveConstructorSpec
+
+from harness.cli import merge_repeats, parse_options
+from harness.download import HUB_ID
+from harness.pictures import read_picture, read_pictures
+from harness.run_folder import check_folder, check_run, locate, portable
+
+# Options that name a file, a folder, a hub id or a URL.
+SOURCES = ("generator", "diffusion", "controlnet", "ip_adapter", "vae", "features", "clip")
+ADDITIVE = ("image", "lora", "embedding", "learns")  # Given twice, both count.
+# EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
+EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of an option, both included unless `above`."""
+
+    low: float
+    high: float = inf
+    above: bool = False  # Whether the value must be above `low`.
+
+    def check(self, flag: str, value: float) -> None:
+        """Refuse a value outside.
+
+        Raises:
+            ValueError: naming the flag, the rule and the value.
+        """
+        if self.above and not value > self.low:
+            raise ValueError(f"{flag} must be above {self.low:g}, got {value}")
+        if not value >= self.low:
+            raise ValueError(f"{flag} must be at least {self.low:g}, got {value}")
+        if not value <= self.high:
+            raise ValueError(f"{flag} must be at most {self.high:g}, got {value}")
+
+
+def read_loras(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Read `FILE [WEIGHT] FILE [WEIGHT] ...`; a file without a weight counts in full."""
+    loras: list[tuple[str, float]] = []
+    for word in words:
+        try:
+            weight = float(word)
+        except ValueError:
+            loras.append((word, 1.0))
+        else:
+            if not loras:
+                raise ValueError(f"a file comes first, then its weight, got {word}")
+            loras[-1] = (loras[-1][0], weight)
+    return tuple(loras)
+
+
+Count = Annotated[int, Within(1)]
+Fraction = Annotated[float, Within(0, 1)]
+Scale = Annotated[float, Within(0, 10)]
+Weight = Annotated[float, Within(0, 1e4)]
+Loras = Annotated[
+    tuple[tuple[str, float], ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FILE [WEIGHT] ...",
+        instance_from_str=read_loras,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda loras: [str(part) for lora in loras for part in lora],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the objective's terms; 0: off."""
+
+    dsds: Weight = 0.0  # Score distillation, depth-aware with --depth-scale and --mask (L_DSDS).
+    hsc: Weight = 0.0  # Hierarchical spatial consistency (lambda).
+    fusion: Weight = 0.0  # StyleGAN-Fusion's score distillation.
+    score_direction: Weight = 0.0  # StyleGAN-Fusion's directional regulariser.
+    score_reconstruction: Weight = 0.0  # StyleGAN-Fusion's reconstruction regulariser.
+    perceptual: Weight = 0.0  # StyleGAN-Fusion's LPIPS-type distance to the source.
+    distance: Weight = 0.0  # DiffusionGAN3D's relative distance (L_dis).
+    keep: Weight = 0.0  # DiffusionGAN3D's reconstruction outside the region of an edit (L_diff).
+    clip_direction: Weight = 0.0  # StyleGAN-NADA's CLIP direction.
+    target: Weight = 0.0  # 3D-Adapter's target distribution, from --image.
+    structure: Weight = 0.0  # 3D-Adapter's structure of images.
+    feature_structure: Weight = 0.0  # 3D-Adapter's structure of features, before super-resolution.
+
+    def on(self) -> dict[str, float]:
+        """Return the weights of the terms that are computed."""
+        return {name: weight for name, weight in vars(self).items() if weight}
+
+
+@dataclass(init=False)
+class Config:
+    """Options of train.py. Those without a value here have that of the base and method."""
+
+    prompt: str = ""  # Target domain in words, such as "a bronze statue".
+    negative_prompt: str = ""  # What the prior is guided away from, in words.
+    image: tuple[Path, ...] = ()
+    """Target domain as pictures, or a folder of them; with a prompt, both count."""
+    edit: str = ""
+    """Local edit instead of a prompt, such as "a person with green hair" (--method diffusiongan3d):
+    the rest of the picture is kept."""
+    out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
+
+    base: Literal["puppets", "ffhq", "afhq"] = "puppets"
+    """World of the generator, which sets defaults. Only puppets comes with a generator; for the
+    others give one of EG3D's .pkl."""
+    method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"] = (
+        "gca3d"
+    )
+    """Objective, and which parameters learn; sets defaults."""
+    generator: str
+    """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
+    run folder."""
+    diffusion: str  # Frozen prior: diffusers folder, single-file checkpoint or hub id.
+    controlnet: str
+    """Depth ControlNet of the prior: folder or hub id. Empty: the one in the prior's folder."""
+    ip_adapter: str
+    """IP-Adapter of the prior, for --image: folder, file or hub id. Empty: the one in the prior's
+    folder."""
+    lora: Loras = ()  # LoRAs added to the prior: files, folders or hub ids, each with its weight.
+    embedding: tuple[str, ...] = ()  # Textual inversions the prompt may name: files or hub ids.
+    vae: str = ""  # Other VAE of the prior, or TAESD (faster, coarser). Empty: the prior's own.
+    features: str  # Frozen ViT (DINOv2 or ViT) for HSC and the perceptual term: folder or hub id.
+    clip: str  # CLIP for the log's score, NADA and 3D-Adapter: folder or hub id.
+    source_prompt: str  # The generator's own domain in words.
+
+    steps: Count  # Updates of the generator; schedules run over them.
+    batch: Annotated[int, Within(1, 1024)]  # Samples in a step.
+    learns: tuple[str, ...]
+    """Regular expressions for the names of the parameters that learn. Several: each has an equal
+    part of the run."""
+    seed: Annotated[int, Within(0)] = 0  # Fixes every random draw, together with the step.
+    lr: Annotated[float, Within(0, 1, above=True)]  # Adam's learning rate.
+    trunc: Annotated[float, Within(-10, 10)] = 1.0
+    """Truncation psi of the training samples; 1: the full variety."""
+    mapping_camera: Literal["frontal", "render"] = "frontal"
+    """Camera that conditions the mapping network; render, as in StyleGAN-Fusion's code, leaks pose
+    into identity."""
+
+    guidance: Annotated[float, Within(0, 1e4)]  # Classifier-free guidance scale; 1: none.
+    t_range: tuple[float, float]
+    """Lowest and highest diffusion time drawn, as fractions of the schedule."""
+    t_end: Fraction = 0.0
+    """Where the highest diffusion time arrives, linearly, at the last step; 0: it stays."""
+    image_scale: Scale = 1.0
+    """Weight of the pictures in the prior; by default 1 without a prompt, 0.6 with one."""
+    depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
+    mask: bool = False  # Whether only the source's foreground is adapted.
+    delta: Fraction = 0.0
+    """Fraction of the SDS baseline that is the prior's prediction on the source image instead of
+    the random noise (delta denoising score, arXiv:2304.07090); 0: plain SDS."""
+    hsc_temperature: Annotated[float, Within(0, above=True)] = 0.1  # Softmax temperature (tau).
+    hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
+        (3.0, 2.0, 1.0),
+        (1.0, 2.0, 3.0),
+    )
+    """Shares of HSC's three levels, 4 x 4 cells, 8 x 8 and all, in the first and last step."""
+
+    weights: Weights
+
+    save_every: Count  # Steps between checkpoints.
+    grid_every: Count  # Steps between grids.
+    device: str = "auto"  # One of cpu, cuda, cuda:1, mps; auto: cuda where there is one.
+    micro_batch: Annotated[int, Within(0)] = 0
+    """Samples that a process computes at once: fewer need less memory; 0: its whole part."""
+    low_memory: bool = False
+    """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Precision of the prior's networks except its VAE; auto: fp16 on CUDA, else fp32."""
+    vae_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the VAE, through which the gradients go."""
+    compile: bool = False
+    """Compile UNet, ControlNet and VAE (torch.compile): a faster step after a slow first one."""
+    dry_run: bool = False  # Print the settings of the run and stop.
+
+    def __init__(self, **given: Any) -> None:
+        """Take options; those not given, or None, have the preset of the base and method.
+
+        Raises:
+            TypeError: there is no such option.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        if unknown := given.keys() - {field.name for field in fields(Config)}:
+            raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+        for name in ("prompt", "edit", "negative_prompt"):
+            given[name] = given.get(name, "").strip()
+        given["prompt"] = given["prompt"] or given["edit"]  # An edit is the prompt as well.
+        images = given.get("image", ())
+        images = (images,) if isinstance(images, str | Path) else images
+        given["image"] = tuple(Path(image).expanduser() for image in images)
+        for name in SOURCES:
+            if name in given:
+                given[name] = portable(os.path.expanduser(given[name]))
+        given["lora"] = tuple(
+            (portable(os.path.expanduser(file)), weight) for file, weight in given.get("lora", ())
+        )
+        given["embedding"] = tuple(
+            portable(os.path.expanduser(file)) for file in given.get("embedding", ())
+        )
+        if "out" in given:
+            given["out"] = Path(given["out"]).expanduser()
+
+        base, method = given.get("base", Config.base), given.get("method", Config.method)
+        settled = _defaults(base, method, given["prompt"], given["edit"], given["image"])
+        weights = given.get("weights")
+        if isinstance(weights, Mapping):
+            given["weights"] = dataclasses.replace(settled["weights"], **weights)
+        vars(self).update(settled | given)
+
+
+def preset(base: str, method: str, **given: Any) -> Config:
+    """Return the options of a method on a base, with those given instead of the preset's."""
+    return Config(base=base, method=method, **given)
+
+
+# What learns. Biases, constants and noise strengths would let every head drift alike
+# (StyleGAN-Fusion, which freezes them).
+WEIGHTS_LEARN = (r"(backbone\.synthesis|superresolution)\..*\.weight",)
+BACKBONE_LEARNS = (r"backbone\.synthesis\..*",)
+NO_TORGB_LEARNS = (r"backbone\.synthesis\.(?!.*\.torgb\.).*",)
+DECODER_THEN_SUPERRES = (r"decoder\..*", r"superresolution\..*\.(weight|bias)")
+
+STABLE_DIFFUSION = {
+    "generator": "",
+    "diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "controlnet": "lllyasviel/control_v11f1p_sd15_depth",
+    "ip_adapter": "h94/IP-Adapter",
+    "features": "facebook/dinov2-small",
+    "clip": "openai/clip-vit-base-patch32",
+    # StyleGAN-Fusion's for EG3D (arXiv:2212.04473), except the batch, which is 1 there.
+    **{"steps": 5000, "batch": 4, "t_range": (0.01, 0.5), "save_every": 250, "grid_every": 250},
+}
+# What a base brings: its networks, and how long a run takes.
+BASES: dict[str, dict[str, Any]] = {
+    "puppets": {
+        "generator": "checkpoints/puppets/generator.safetensors",
+        "diffusion": "checkpoints/puppets/diffusion",
+        "controlnet": "",
+        "ip_adapter": "",
+        "features": "checkpoints/puppets/dino",
+        "clip": "checkpoints/puppets/clip",
+        "source_prompt": "a photo of a person",
+        **{"steps": 50, "batch": 4, "t_range": (0.02, 0.98), "save_every": 25, "grid_every": 25},
+    },
+    "ffhq": STABLE_DIFFUSION | {"source_prompt": "a photo of a person"},
+    # Cats as StyleGAN-Fusion turns them into dogs.
+    "afhq": STABLE_DIFFUSION
+    | {"source_prompt": "a photo of a cat", "steps": 2000, "t_range": (0.01, 0.3)},
+}
+# What a method is on any base: what learns, and what the prior sees of the source.
+METHODS: dict[str, dict[str, Any]] = {
+    "gca3d": {"learns": WEIGHTS_LEARN, "depth_scale": 1.0, "mask": True},  # arXiv:2412.15491
+    "sds": {"learns": WEIGHTS_LEARN},  # Plain score distillation, GCA-3D's baseline.
+    "stylegan-fusion": {"learns": WEIGHTS_LEARN},  # arXiv:2212.04473
+    "diffusiongan3d": {"learns": NO_TORGB_LEARNS},  # arXiv:2312.16837
+    "nada": {"learns": BACKBONE_LEARNS},  # arXiv:2108.00946, the baseline of all these papers.
+    "3d-adapter": {"learns": DECODER_THEN_SUPERRES},  # arXiv:2410.08824
+}
+# Learning rate, guidance, weights. On Stable Diffusion those of the papers: StyleGAN-Fusion's are
+# for gradients summed over 64 x 64 latent cells (LPIPS * 2000 / 100), DiffusionGAN3D's are not
+# public, 3D-Adapter's are those of DoRM, by its authors. --delta would double what UNet and
+# ControlNet cost, which there is most of a step, so it is off.
+PAPERS: dict[str, dict[str, float]] = {
+    "gca3d": dict(lr=8e-4, guidance=100.0, dsds=1.0, hsc=1.0),
+    "sds": dict(lr=8e-4, guidance=100.0, dsds=1.0),
+    "stylegan-fusion": dict(
+        lr=8e-4, guidance=100.0, fusion=1.0, score_direction=0.5, perceptual=20 / 64**2
+    ),
+    "diffusiongan3d": dict(lr=8e-4, guidance=100.0, dsds=1.0, distance=1.0),
+    "nada": dict(lr=8e-4, guidance=100.0, clip_direction=1.0),
+    "3d-adapter": dict(
+        lr=8e-4,
+        guidance=100.0,
+        clip_direction=0.5,
+        target=1.0,
+        structure=10.0,
+        feature_structure=10.0,
+    ),
+}
+# The same, tuned on the puppets' small networks.
+TUNED: dict[str, dict[str, float]] = {
+    "gca3d": dict(lr=2e-3, guidance=3.0, delta=0.5, dsds=1.0, hsc=0.05),
+    "sds": dict(lr=3e-3, guidance=1.5, dsds=1.0),
+    "stylegan-fusion": dict(
+        lr=3e-3, guidance=3.0, fusion=1.0, score_direction=0.03, perceptual=20 / 64**2
+    ),
+    "diffusiongan3d": dict(lr=2e-3, guidance=3.0, dsds=1.0, distance=1.0),
+    "nada": dict(lr=2e-3, guidance=3.0, clip_direction=1.0),
+    "3d-adapter": dict(
+        lr=1e-2, guidance=3.0, clip_direction=1.0, target=5.0, structure=0.1, feature_structure=0.1
+    ),
+}
+NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
+# What --edit changes of a method; others have no local edits.
+EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
+
+
+def _defaults(
+    base: str, method: str, prompt: str, edit: str, image: tuple[Path, ...]
+) -> dict[str, Any]:
+    """Return every option's default; the only place where the tables above are merged.
+
+    Raises:
+        ValueError: there is no such base or method.
+    """
+    for flag, name, known in (("--base", base, BASES), ("--method", method, METHODS)):
+        if name not in known:
+            raise ValueError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
+    row = BASES[base] | METHODS[method] | NUMBERS[base][method]
+    row |= EDITS.get(method, {}) if edit else {}
+    weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
+    if not image:
+        weights["target"] = 0.0  # Words have no tokens to compare with.
+    words = re.findall(r"\w+", prompt or (image[0].stem if image else ""))
+    computed = {
+        "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
+        "image_scale": 0.6 if prompt and image else 1.0,
+        "weights": Weights(**weights),
+    }
+    plain = {f.name: f.default for f in fields(Config) if f.default is not dataclasses.MISSING}
+    return plain | row | computed
+
+
+def parse(argv: Sequence[str], description: str) -> Config:
+    """Read the options of a command line, and refuse what cannot work.
+
+    The base and method set the defaults of all others, so they are read first: --help shows the
+    numbers that a run would have.
+
+    Raises:
+        ValueError: an option that must be given once is repeated; or see `check`.
+        SystemExit: after --help (0), or an option that cannot be read (2).
+    """
+    argv = merge_repeats(list(argv), ADDITIVE)
+    read = parse_options(Config, [x for x in argv if x not in ("-h", "--help")], "", Config())
+    names = ("base", "method", "prompt", "edit", "image")
+    default = Config(**{name: getattr(read, name) for name in names})
+    cfg = parse_options(Config, argv, description, default)
+    check(cfg)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Refuse what no run can have, before any network is loaded and anything is written.
+
+    Raises:
+        ValueError: naming the flag, the rule and the value.
+    """
+    _check_bounds(cfg)
+    if not cfg.prompt and not cfg.image:
+        raise ValueError("no target domain: give --prompt TEXT, --image FILE or both")
+    if cfg.edit and cfg.method not in EDITS:
+        raise ValueError(f"--edit needs --method {' or '.join(EDITS)}, got {cfg.method}")
+    if cfg.edit and cfg.prompt != cfg.edit:
+        raise ValueError(f"--edit takes the place of --prompt, got both ({cfg.prompt!r})")
+    if not cfg.generator:
+        raise ValueError(
+            f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
+            f"{EG3D_FILES[cfg.base]} or another .pkl or .safetensors"
+        )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", cfg.device):
+        raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {cfg.device}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch % processes:
+        raise ValueError(f"--batch must divide among {processes} processes, got {cfg.batch}")
+    if not 0 <= cfg.t_range[0] < min(cfg.t_range[1], cfg.t_end or 1) or cfg.t_range[1] > 1:
+        end = f" and end above {cfg.t_range[0]}, got {cfg.t_end}" if cfg.t_end else ""
+        raise ValueError(f"--t-range must rise within 0 to 1, got {cfg.t_range}{end}")
+    if not all(0 < sum(shares) < inf and min(shares) >= 0 for shares in cfg.hsc_levels):
+        raise ValueError(f"--hsc-levels must be at least 0 and not all 0, got {cfg.hsc_levels}")
+    _check_weights(cfg)
+    _check_sources(cfg)
+    check_folder(cfg.out)
+    check_run(cfg.out, settings(cfg))
+
+
+def _check_bounds(cfg: Config) -> None:
+    """Refuse numbers outside of the bounds beside their fields, and texts that are no UTF-8."""
+    for options, prefix in ((cfg, "--"), (cfg.weights, "--weights.")):
+        hints = get_type_hints(type(options), include_extras=True)
+        for name, value in vars(options).items():
+            flag = prefix + name.replace("_", "-")
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, str | Path) and re.search("[\ud800-\udfff]", str(part)):
+                    raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(part))}")
+                if isinstance(part, float) and not isfinite(part):
+                    raise ValueError(f"{flag} must be a finite number, got {part}")
+            for bounds in getattr(hints[name], "__metadata__", ()):
+                if isinstance(bounds, Within):
+                    bounds.check(flag, value)
+
+
+def _check_weights(cfg: Config) -> None:
+    """Refuse weights that no objective can have."""
+    on = cfg.weights.on()
+    if not on:
+        raise ValueError("nothing to learn: all --weights are 0")
+    if "keep" in on and not cfg.prompt:
+        raise ValueError("--weights.keep needs words for the region: --edit or --prompt")
+    if "target" in on and not cfg.image:
+        raise ValueError("--weights.target needs the picture of --image")
+    if "distance" in on and cfg.batch < 2:
+        raise ValueError(f"--weights.distance needs a --batch of at least 2, got {cfg.batch}")
+    same = cfg.prompt.casefold() == cfg.source_prompt.strip().casefold()
+    if "clip_direction" in on and same and not cfg.image:
+        raise ValueError(
+            f"--prompt {cfg.prompt!r} is the --source-prompt: --weights.clip-direction has nowhere "
+            "to go"
+        )
+
+
+def _check_sources(cfg: Config) -> None:
+    """Refuse a path at which nothing is; hub ids and URLs are looked up when they are loaded."""
+    given = [(name, getattr(cfg, name)) for name in SOURCES]
+    given += [("lora", file) for file, _ in cfg.lora] + [("embedding", f) for f in cfg.embedding]
+    for name, source in given:
+        if not source or os.path.exists(locate(source)):
+            continue
+        # In a folder that exists here, a missing file is a slip and no hub id.
+        elsewhere = re.match(rf"https?://|{HUB_ID}(/|$)", source, re.IGNORECASE)
+        if not elsewhere or os.path.isdir(os.path.dirname(locate(source))):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {source[:300]}: no such file or folder, and no hub id"
+            )
+
+
+def references(cfg: Config) -> list[Image.Image]:
+    """Read the reference pictures, or the run's own copies once the originals are gone.
+
+    Raises:
+        ValueError: one is missing or no picture.
+    """
+    kept = sorted(cfg.out.glob("reference*.png"))
+    if kept and not all(path.exists() for path in cfg.image):
+        return [read_picture(path) for path in kept]
+    return read_pictures(cfg.image)
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """Return the settings of a run as JSON knows them; of pictures, also what they show."""
+    pixels = b"".join(picture.tobytes() for picture in references(cfg))
+    shown = f"crc32 {zlib.crc32(pixels):08x}" if cfg.image else None
+    return json.loads(json.dumps(asdict(cfg), default=str)) | {"image_pixels": shown}

@@ -1,0 +1,64 @@
+"""What train.py, render.py and eval.py ask of a generator: the protocol every base implements.
+
+z [B, z_dim], c [B, 25] camera labels, ws [B, num_ws, w_dim] style codes, planes [B, 3, C, P, P];
+images [B, 3, R, R] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from models.cameras import CameraSetup
+from models.renderer import Rays
+
+# What a generator makes, by name: "image" and whatever else it `gives`.
+Outputs = dict[str, Tensor]
+
+
+class Generator(Protocol):
+    """A pretrained generator; a new base is a class with these.
+
+    Attributes:
+        z_dim: Width of the latent code.
+        gives: Which of "image", "image_depth", "mask", "features" and "planes" its outputs hold.
+            A term that needs another is refused for it.
+        img_resolution: Height and width of its images, R.
+    """
+
+    z_dim: int
+    img_resolution: int
+    gives: frozenset[str]
+    rendering_kwargs: dict[str, Any]
+
+    @property
+    def cameras(self) -> CameraSetup:
+        """The cameras it was trained with."""
+
+    def mapping(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0) -> Tensor:
+        """Return ws for latent codes and the camera c that conditions them."""
+
+    def planes(self, ws: Tensor, *, force_fp32: bool = False) -> Tensor:
+        """Return the tri-planes of ws."""
+
+    def rays(self, c: Tensor) -> Rays:
+        """Draw the rays of a render: all that is random in it, for the whole batch."""
+
+    def synthesis(
+        self,
+        ws: Tensor,
+        c: Tensor,
+        *,
+        planes: Tensor | None = None,
+        rays: Rays | None = None,
+        force_fp32: bool = False,
+    ) -> Outputs:
+        """Render ws from the cameras c; planes and rays that are given are not made again."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what may learn, by name."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter by name."""
