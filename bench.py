@@ -15,9 +15,7 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -27,46 +25,30 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    ControlNetModel,
-    DDPMScheduler,
-    UNet2DConditionModel,
-)
 from torch import Tensor
-from torch.autograd.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-)
 
-import methods
+import terms
 import train
 from files.generators import load_generator
 from files.official import RELEASED, released_arguments, with_foreground
 from harness.cli import run_cli
 from harness.devices import peak_gb, pick_device
-from harness.run_folder import REPOSITORY, locate
+from harness.measure import commit, count, cpu_name, stopwatch
+from harness.run_folder import locate
 from harness.store import atomic_write
 from losses import guided_noise
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
-from models.pretrained import load_tokenizer, quiet_loading
+from models.full_size import random_clip, random_prior, random_vit
+from models.generator import Generator
 
 PROMPT = "a bronze statue"
-NETWORKS = ("base", "generator", "diffusion", "adapters", "vae", "features", "clip")
+TOKENIZER = locate("checkpoints/puppets/clip")  # The one at hand.
+NETWORKS = ("base", "generator", "diffusion", "controlnet", "vae", "features", "clip")
 SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
-EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": None, "compile": False}
+EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": "", "compile": False}
 CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Of the convolution and of the square matrices.
 CONV_GFLOP, MATMUL_GFLOP = 18 * CHANNELS**2 * SIDE**2 / 1e9, 2 * MATRIX**3 / 1e9
 LONG = 60.0  # Seconds; a part that has taken longer is not timed again.
@@ -96,7 +78,7 @@ class Config:
     base: Literal["puppets", "ffhq", "afhq"] | None = None  # World whose presets; None: train.py's.
     generator: str | None = None  # Generator to adapt: file, run folder, hub id or URL.
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
-    adapters: tuple[str] | None = None  # Depth ControlNet of the prior: folder or hub id.
+    controlnet: str | None = None  # Depth ControlNet of the prior: folder or hub id.
     vae: str | None = None  # Other VAE of the prior, or TAESD: folder or hub id.
     features: str | None = None  # Frozen ViT that HSC compares: folder or hub id.
     clip: str | None = None  # CLIP that scores the log: folder or hub id.
@@ -104,8 +86,8 @@ class Config:
     """Random networks of full size instead, made in memory: EG3D's for faces of 512 px, Stable
     Diffusion 1.5 with its depth ControlNet and its VAE or TAESD, DINOv2-small, CLIP ViT-B/32."""
 
-    batch: int = 1  # Heads in a step.
-    micro_batch: int | None = None  # Heads that the step renders at once; None: all of them.
+    batch: int = 1  # Samples in a step.
+    micro_batch: int | None = None  # Samples that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
     precision: Literal["fp32", "fp16", "bf16"] | None = None  # Of the prior except its VAE.
     vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE.
@@ -140,7 +122,7 @@ def main(cfg: Config) -> None:
         tqdm.write(f"{name}: {report['parts'][name]['seconds']:.3g} s")
         report["process_peak_gb"] = peak_gb(device)
         write(report, cfg)  # What is measured so far, should it be stopped.
-    if "sds" in report["parts"] and not cfg.random:  # Whose gradients tell nothing.
+    if "dsds" in report["parts"] and not cfg.random:  # Random networks have no meaning.
         report["gradient"] = compare(world)
         write(report, cfg)
     print(markdown(report))
@@ -187,8 +169,8 @@ def run_options(cfg: Config) -> train.Config:
     if cfg.random:
         taesd = "taesd" if cfg.random == "taesd" else None
         given |= {"base": "ffhq", "generator": "random", "vae": taesd}
-    run = train.resolve(train.Config(prompt=PROMPT, out=Path(tempfile.gettempdir()), **given))
-    train.check_options(run)
+    run = train.Config(prompt=PROMPT, out=Path(tempfile.gettempdir(), "gca3d-bench"), **given)
+    train.check(replace(run, generator=locate("bench.py")) if cfg.random else run)
     return run
 
 
@@ -208,13 +190,13 @@ class World:
         return partial(part, *(getattr(self, name) for name in inspect.signature(part).parameters))
 
     @cached_property
-    def G_src(self) -> TriPlaneGenerator:
+    def G_src(self) -> Generator:
         """The frozen source."""
         G = random_generator() if self.random else load_generator(locate(self.cfg.generator))
         return G.to(self.device)
 
     @cached_property
-    def G(self) -> TriPlaneGenerator:
+    def G(self) -> Generator:
         """A copy that learns."""
         G = copy.deepcopy(self.G_src)
         train.learning_weights(G, self.cfg.learns[0])
@@ -223,24 +205,42 @@ class World:
     @cached_property
     def prior(self) -> DiffusionPrior:
         """The frozen prior."""
-        return (random_prior if self.random else train.load_prior)(self.cfg, self.device)
+        if not self.random:
+            return terms.load_prior(self.cfg, self.device)
+        cfg, dtype = self.cfg, terms.prior_dtype(self.cfg, self.device)
+        prior = random_prior(
+            TOKENIZER,
+            self.device,
+            dtype,
+            vae_dtype=terms.PRECISIONS[cfg.vae_precision],
+            taesd=bool(cfg.vae),
+            recompute_vae=cfg.low_memory,
+        )
+        if cfg.compile:
+            prior.compile()
+        return prior
 
     @cached_property
     def vit(self) -> TokenFeatures:
         """The frozen ViT."""
-        return (random_vit if self.random else train.load_vit)(self.cfg, self.device)
+        return random_vit(self.device) if self.random else terms.load_vit(self.cfg, self.device)
 
     @cached_property
     def clip(self) -> ClipFeatures:
         """The frozen CLIP."""
         if self.random:
-            return random_clip(self.device)
+            return random_clip(TOKENIZER, self.device)
         return ClipFeatures.from_pretrained(locate(self.cfg.clip), self.device)
 
     @cached_property
-    def training(self) -> train.Training:
+    def guides(self) -> terms.Guides:
+        """The frozen networks, as the terms see them."""
+        return terms.Guides(self.cfg, self.G_src, self.clip, self.prior, self.vit)
+
+    @cached_property
+    def run(self) -> train.Run:
         """All of them, as train.py prepares them for a run."""
-        return train.prepare(self.cfg, self.G_src, self.prior, self.vit, self.clip, None)
+        return train.prepare(self.cfg, self.G_src, self.guides)
 
     @cached_property
     def z(self) -> Tensor:
@@ -275,13 +275,12 @@ class World:
         return torch.randn(self.cfg.batch, channels, n, n).to(self.device)
 
     @cached_property
-    def batch(self) -> methods.Batch:
+    def now(self) -> terms.Moment:
         """The source's renders, times and noise, half-way through a run."""
-        source = train.draw_heads(self.G_src, self.ws, self.c, slice(None))
-        times = train.draw_times(self.cfg, self.cfg.steps // 2, self.prior).to(self.device)
-        noise = train.draw_noise(self.cfg, self.prior).to(self.device)
-        planes = source["planes"], source["planes"]
-        return methods.Batch(source, times, noise, noise, 0.5, 0, lambda: planes)
+        source = train.draw_samples(self.G_src, self.ws, self.c, self.G_src.rays(self.c))
+        times = train.draw_times(self.run, self.cfg.steps // 2).to(self.device)
+        noise = train.draw_noise(self.run).to(self.device)
+        return terms.Moment(self.guides, terms.Seen(self.guides, source), times, noise, 0.5)
 
     @cached_property
     def images(self) -> Tensor:
@@ -296,49 +295,49 @@ class World:
     @cached_property
     def controlnet_inputs(self) -> tuple[Tensor, ...]:
         """Latents, times, text and depth of one batch for both halves of guidance."""
-        source, size = self.batch.source, self.prior.image_size
+        source, size = self.now.source.outputs, self.prior.image_size
         depth = depth_condition(source["image_depth"], source["mask"], size)
         text = self.condition.text.repeat_interleave(len(depth), 0)  # [2B, L, D]
-        latents, depth = (x.repeat(2, 1, 1, 1) for x in (self.batch.noise, depth))
+        latents, depth = (x.repeat(2, 1, 1, 1) for x in (self.now.noise[0], depth))
         latents, text, depth = (x.to(self.prior.controlnet.dtype) for x in (latents, text, depth))
-        return latents, self.batch.t.repeat(2), text, depth
+        return latents, self.now.t.repeat(2), text, depth
 
 
 # The parts: functions of what World has under their arguments' names, which is made beforehand.
 
 
 @torch.no_grad()
-def backbone(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor) -> None:
+def backbone(G_src: Generator, z: Tensor, frontal: Tensor) -> None:
     """Map latents to planes."""
     G_src.planes(G_src.mapping(z, frontal))
 
 
 @torch.no_grad()
-def rendering(G_src: TriPlaneGenerator, ws: Tensor, c: Tensor, planes: Tensor) -> None:
+def rendering(G_src: Generator, ws: Tensor, c: Tensor, planes: Tensor) -> None:
     """March the rays of an image through planes."""
     G_src.synthesis(ws, c, planes=planes, superresolve=False)
 
 
 @torch.no_grad()
-def superresolution(G_src: TriPlaneGenerator, ws: Tensor, features: Tensor) -> None:
+def superresolution(G_src: Generator, ws: Tensor, features: Tensor) -> None:
     """Make an image of what was rendered."""
     G_src.superresolution(features[:, :3], features, ws, "none")
 
 
 @torch.no_grad()
-def generator(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
-    """Do these three, for the source's image."""
+def generator(G_src: Generator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
+    """Make the source's image: backbone, rendering and super-resolution."""
     G_src.synthesis(G_src.mapping(z, frontal), c)
 
 
 @torch.no_grad()
-def generator_bf16(G_src: TriPlaneGenerator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
-    """Do the same in bfloat16, which a CPU without instructions for it emulates, slowly."""
+def generator_bf16(G_src: Generator, z: Tensor, frontal: Tensor, c: Tensor) -> None:
+    """Make it in bfloat16. A CPU without instructions for that emulates them, slowly."""
     with torch.autocast(c.device.type, torch.bfloat16):
         G_src.synthesis(G_src.mapping(z, frontal), c)
 
 
-def generator_backward(G: TriPlaneGenerator, ws: Tensor, c: Tensor) -> None:
+def generator_backward(G: Generator, ws: Tensor, c: Tensor) -> None:
     """Make an image and go back to the weights that learn."""
     G.zero_grad()
     images = G.synthesis(ws, c, force_fp32=True)["image"]
@@ -348,12 +347,12 @@ def generator_backward(G: TriPlaneGenerator, ws: Tensor, c: Tensor) -> None:
 @torch.no_grad()
 def vae(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images."""
-    prior.encode_images(methods.resize(images, prior.image_size))
+    prior.encode_images(terms.resize(images, prior.image_size))
 
 
 def vae_backward(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images and go back to them."""
-    latents = prior.encode_images(methods.resize(images, prior.image_size))
+    latents = prior.encode_images(terms.resize(images, prior.image_size))
     torch.autograd.grad(latents.sum(), images)
 
 
@@ -363,11 +362,9 @@ def controlnet(prior: DiffusionPrior, controlnet_inputs: tuple[Tensor, ...]) -> 
     prior.controlnet(*controlnet_inputs, return_dict=False)
 
 
-def unet(
-    cfg: train.Config, prior: DiffusionPrior, batch: methods.Batch, condition: Condition
-) -> None:
+def unet(cfg: train.Config, prior: DiffusionPrior, now: terms.Moment, condition: Condition) -> None:
     """Predict noise with guidance, both halves in one batch, without depth."""
-    guided_noise(prior, batch.noise, batch.t, condition, cfg.guidance)
+    guided_noise(prior, now.noise[0], now.t, condition, cfg.guidance)
 
 
 @torch.no_grad()
@@ -387,21 +384,20 @@ def clip(clip: ClipFeatures, images: Tensor) -> None:
     clip.images(images)
 
 
-def sds(training: train.Training, images: Tensor, batch: methods.Batch) -> Tensor:
+def dsds(images: Tensor, now: terms.Moment) -> Tensor:
     """Take the gradient of DSDS at the images: VAE, ControlNet, UNet."""
-    return train.output_gradients(training.terms, {"sds": 1.0}, {"image": images}, batch)[0][
-        "image"
-    ]
+    return terms.pull_back({"image": images}, {"dsds": 1.0}, now, len(images))[0]["image"]
 
 
-def hsc(training: train.Training, images: Tensor, batch: methods.Batch) -> None:
+def hsc(images: Tensor, now: terms.Moment) -> None:
     """Take the gradient of HSC at the images: the ViT, for source and adapted ones."""
-    train.output_gradients(training.terms, {"hsc": 1.0}, {"image": images}, batch)
+    source = terms.Seen(now.guides, now.source.outputs)  # Whose views are not made yet.
+    terms.pull_back({"image": images}, {"hsc": 1.0}, replace(now, source=source), len(images))
 
 
-def step(cfg: train.Config, training: train.Training, numbers: Iterator[int]) -> dict[str, float]:
+def step(run: train.Run, numbers: Iterator[int]) -> dict[str, float]:
     """Take a whole step of training, and return its row of the log."""
-    return train.take_step(cfg, next(numbers), training)
+    return train.take_step(run, next(numbers))
 
 
 PARTS = {
@@ -409,7 +405,7 @@ PARTS = {
     for part in (
         *(backbone, rendering, superresolution, generator, generator_bf16, generator_backward),
         *(vae, vae_backward, controlnet, unet, vit, vit_backward, clip),
-        *(sds, hsc, step),
+        *(dsds, hsc, step),
     )
 }
 
@@ -431,7 +427,7 @@ def measure(
     device: torch.device,
     repeats: int,
 ) -> Row:
-    """Count a call, then time it beside a convolution and a product.
+    """Count a call, then time it, each time after a convolution and a product.
 
     Returns:
         What the columns of the table show (see `NOTES`), and what it was compared with,
@@ -464,16 +460,19 @@ def compare(world: World) -> dict[str, float] | None:
     """Compare DSDS's gradient at the images with that of the prior as it is, in float32.
 
     Returns:
-        Their cosine and the ratio of their lengths, means over the heads; None if it is the same.
+        Their cosine and the ratio of their lengths, means over the samples; None if it is the same.
     """
-    dtype = train.prior_dtype(world.cfg, world.device)
+    dtype = terms.prior_dtype(world.cfg, world.device)
     cfg = replace(world.cfg, **EXACT)
     if replace(cfg, precision=world.cfg.precision) == world.cfg and dtype == torch.float32:
         return None
     exact = World(cfg, world.device)
-    for shared in ("G_src", "vit", "clip", "images", "batch"):
+    for shared in ("G_src", "vit", "clip", "images"):
         setattr(exact, shared, getattr(world, shared))
-    ours, theirs = (sds(w.training, w.images, w.batch).flatten(1) for w in (world, exact))
+    exact.now = replace(
+        world.now, guides=exact.guides, source=terms.Seen(exact.guides, world.now.source.outputs)
+    )
+    ours, theirs = (dsds(w.images, w.now).flatten(1) for w in (world, exact))
     ratios = ours.norm(dim=1) / theirs.norm(dim=1)
     return {
         "cosine": F.cosine_similarity(ours, theirs).mean().item(),
@@ -481,90 +480,8 @@ def compare(world: World) -> dict[str, float] | None:
     }
 
 
-def stopwatch(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Return the seconds of a call by the clock, and of all its threads on CPUs."""
-    finish(device)
-    began = time.perf_counter(), time.process_time()
-    call()
-    finish(device)
-    return time.perf_counter() - began[0], time.process_time() - began[1]
-
-
-def finish(device: torch.device) -> None:
-    """Wait until a GPU has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def count(call: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
-    """Return the GFLOP of a call, and the most memory [GB] it adds; None where it is not known."""
-    with Operations() as operations:
-        if device.type == "cpu":
-            peak = cpu_peak(call)
-        elif device.type == "cuda":
-            held = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            call()
-            peak = torch.cuda.max_memory_allocated(device) - held
-        else:
-            call()
-            peak = None
-    return operations.flops / 1e9, None if peak is None else peak / 1e9
-
-
-def cpu_peak(call: Callable[[], object]) -> int:
-    """Return the most bytes that torch's allocations in a call add up to at any moment.
-
-    The process's own size would tell little: malloc keeps what was freed for the next part.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # The profiler would announce itself.
-    with profile(profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
-
-
-class Operations(TorchDispatchMode):
-    """Count floating-point operations by torch's formulas.
-
-    FlopCounterMode has the same formulas, but cannot watch `autograd.grad`, and counts no
-    attention on a CPU (torch 2.13).
-    """
-
-    formulas = flop_registry | {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *given, **_: (
-            sdpa_flop_count(*(x.shape for x in given[:3]))
-        ),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda *given, **_: sdpa_backward_flop_count(*(x.shape for x in given[:4]))
-        ),
-    }
-
-    def __init__(self) -> None:
-        """Start from none."""
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        """Do what torch was about to do, and add its operations."""
-        kwargs = kwargs or {}
-        formula = self.formulas.get(func.overloadpacket)
-        if formula is None:
-            with self:  # Inference mode shows operations before they are taken apart.
-                out = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if out is NotImplemented else out
-        out = func(*args, **kwargs)
-        self.flops += formula(*args, **kwargs, out_val=out)
-        return out
-
-
 def describe(cfg: Config, device: torch.device) -> dict:
-    """Return what the numbers hang on, as JSON knows it, with room for them."""
+    """Return what decides the numbers, as JSON knows it, with room for them."""
     packages = ("torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
@@ -581,25 +498,6 @@ def describe(cfg: Config, device: torch.device) -> dict:
         "settings": json.loads(json.dumps(asdict(cfg), default=str)),
         "parts": {},
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return this repository's commit, with -dirty if files differ from it, or None."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def markdown(report: dict) -> str:
@@ -655,64 +553,13 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, "", NOTES])
 
 
-# Networks of full size with random weights.
-
-
 def random_generator() -> TriPlaneGenerator:
-    """Return EG3D's generator for faces of 512 px."""
+    """Return EG3D's generator for faces of 512 px, with random weights."""
     img_resolution, n, rendering_kwargs = RELEASED["ffhq512-128"]
     rendering_kwargs = with_foreground(rendering_kwargs)
     G = TriPlaneGenerator(**released_arguments(img_resolution), rendering_kwargs=rendering_kwargs)
     G.neural_rendering_resolution = n
     return G.eval().requires_grad_(False)
-
-
-def random_prior(cfg: train.Config, device: torch.device) -> DiffusionPrior:
-    """Return Stable Diffusion 1.5 with a depth ControlNet; words become those of puppets."""
-    dtype = train.prior_dtype(cfg, device)
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    controlnet = ControlNetModel.from_unet(unet)
-    if cfg.vae:
-        vae = AutoencoderTiny()  # Whose default is TAESD.
-    else:
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
-        if cfg.low_memory:
-            vae.enable_gradient_checkpointing()
-    with quiet_loading():  # Else a change of precision is warned of.
-        prior = DiffusionPrior(
-            vae.to(device, train.PRECISIONS[cfg.vae_precision]),
-            unet.to(device, dtype),
-            CLIPTextModel(text_config).to(device, dtype),
-            puppets_tokenizer(),
-            DDPMScheduler(**schedule),
-            controlnet.to(device, dtype),
-        )
-    if cfg.compile:
-        prior.compile()
-    return prior
-
-
-def random_vit(cfg: train.Config, device: torch.device) -> TokenFeatures:
-    """Return DINOv2-small, for images of 224 px."""
-    shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    return TokenFeatures(Dinov2Model(Dinov2Config(**shape)).to(device), size=224)
-
-
-def random_clip(device: torch.device) -> ClipFeatures:
-    """Return CLIP ViT-B/32, which is the size of transformers' default."""
-    return ClipFeatures(CLIPModel(CLIPConfig()).to(device), puppets_tokenizer())
-
-
-def puppets_tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer at hand, whose tokens are fewer than CLIP's."""
-    return load_tokenizer(str(REPOSITORY / train.BASES["puppets"]["clip"]))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Weights:
     """Weights of the objective's terms; 0: off."""
 
     dsds: Weight = 0.0  # Score distillation, depth-aware with --depth-scale and --mask (L_DSDS).
-    hsc: Weight = 0.0  # Hierarchical spatial consistency (lambda).
+    hsc: Weight = 0.0  # GCA-3D's hierarchical spatial consistency (lambda).
     fusion: Weight = 0.0  # StyleGAN-Fusion's score distillation.
     score_direction: Weight = 0.0  # StyleGAN-Fusion's directional regulariser.
     score_reconstruction: Weight = 0.0  # StyleGAN-Fusion's reconstruction regulariser.
@@ -115,29 +115,25 @@ class Config:
     image: tuple[Path, ...] = ()
     """Target domain as pictures, or a folder of them; with a prompt, both count."""
     edit: str = ""
-    """Local edit instead of a prompt, such as "a person with green hair" (--method diffusiongan3d):
-    the rest of the picture is kept."""
+    """Local edit, such as "a person with green hair", in place of a prompt (diffusiongan3d)."""
     out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
 
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
-    """World of the generator, which sets defaults. Only puppets comes with a generator; for the
-    others give one of EG3D's .pkl."""
+    """World of the generator; sets defaults. Only puppets brings a generator of its own."""
     method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"] = (
         "gca3d"
     )
     """Objective, and which parameters learn; sets defaults."""
     generator: str
-    """Generator to adapt: .safetensors or EG3D's .pkl (as a file, hub id user/repo/file or URL), or
-    run folder."""
+    """Generator to adapt: .safetensors, EG3D's .pkl, hub id user/repo/file, URL or run folder."""
     diffusion: str  # Frozen prior: diffusers folder, single-file checkpoint or hub id.
     controlnet: str
-    """Depth ControlNet of the prior: folder or hub id. Empty: the one in the prior's folder."""
+    """Depth ControlNet: folder or hub id; empty: the one in the prior's own folder."""
     ip_adapter: str
-    """IP-Adapter of the prior, for --image: folder, file or hub id. Empty: the one in the prior's
-    folder."""
+    """IP-Adapter for --image: folder, file or hub id; empty: the one in the prior's own folder."""
     lora: Loras = ()  # LoRAs added to the prior: files, folders or hub ids, each with its weight.
     embedding: tuple[str, ...] = ()  # Textual inversions the prompt may name: files or hub ids.
-    vae: str = ""  # Other VAE of the prior, or TAESD (faster, coarser). Empty: the prior's own.
+    vae: str = ""  # Other VAE of the prior, or TAESD (faster, coarser); empty: the prior's own.
     features: str  # Frozen ViT (DINOv2 or ViT) for HSC and the perceptual term: folder or hub id.
     clip: str  # CLIP for the log's score, NADA and 3D-Adapter: folder or hub id.
     source_prompt: str  # The generator's own domain in words.
@@ -145,15 +141,13 @@ class Config:
     steps: Count  # Updates of the generator; schedules run over them.
     batch: Annotated[int, Within(1, 1024)]  # Samples in a step.
     learns: tuple[str, ...]
-    """Regular expressions for the names of the parameters that learn. Several: each has an equal
-    part of the run."""
+    """Name patterns of the parameters that learn; several: each has an equal part of the run."""
     seed: Annotated[int, Within(0)] = 0  # Fixes every random draw, together with the step.
     lr: Annotated[float, Within(0, 1, above=True)]  # Adam's learning rate.
     trunc: Annotated[float, Within(-10, 10)] = 1.0
     """Truncation psi of the training samples; 1: the full variety."""
     mapping_camera: Literal["frontal", "render"] = "frontal"
-    """Camera that conditions the mapping network; render, as in StyleGAN-Fusion's code, leaks pose
-    into identity."""
+    """Camera for the mapping network; render (StyleGAN-Fusion's) leaks pose into identity."""
 
     guidance: Annotated[float, Within(0, 1e4)]  # Classifier-free guidance scale; 1: none.
     t_range: tuple[float, float]
@@ -165,14 +159,13 @@ class Config:
     depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
     mask: bool = False  # Whether only the source's foreground is adapted.
     delta: Fraction = 0.0
-    """Fraction of the SDS baseline that is the prior's prediction on the source image instead of
-    the random noise (delta denoising score, arXiv:2304.07090); 0: plain SDS."""
+    """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""
     hsc_temperature: Annotated[float, Within(0, above=True)] = 0.1  # Softmax temperature (tau).
     hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
         (3.0, 2.0, 1.0),
         (1.0, 2.0, 3.0),
     )
-    """Shares of HSC's three levels, 4 x 4 cells, 8 x 8 and all, in the first and last step."""
+    """Shares of HSC's levels, 4 x 4 cells, 8 x 8 and all, in the first and in the last step."""
 
     weights: Weights
 
@@ -180,7 +173,7 @@ class Config:
     grid_every: Count  # Steps between grids.
     device: str = "auto"  # One of cpu, cuda, cuda:1, mps; auto: cuda where there is one.
     micro_batch: Annotated[int, Within(0)] = 0
-    """Samples that a process computes at once: fewer need less memory; 0: its whole part."""
+    """Samples that a process computes at once: fewer need less memory; 0: all it has."""
     low_memory: bool = False
     """Compute the VAE's activations twice instead of keeping them: slower, same gradients."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"

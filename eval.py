@@ -284,7 +284,7 @@ def fingerprint_settings(settings: dict) -> str:
 
 def target_name(settings: dict) -> str:
     """Return what a run was asked for."""
-    parts = [settings["prompt"], settings["image"] and Path(settings["image"]).name]
+    parts = [settings["prompt"], *(Path(name).name for name in settings["image"])]
     return " + ".join(part for part in parts if part)
 
 
@@ -441,8 +441,9 @@ def fidelity(
     if settings["prompt"]:
         targets["clip_text"] = clip.text([settings["prompt"]]).cpu()  # [1, D]
     if settings["image"]:
-        picture = to_image(read_picture(ckpt / "reference.png"))
-        targets["clip_image"] = embed(clip, picture, cfg)  # [1, D]
+        pictures = [to_image(read_picture(path)) for path in sorted(ckpt.glob("reference*.png"))]
+        mean = embed(clip, torch.cat(pictures), cfg).mean(0, keepdim=True)
+        targets["clip_image"] = F.normalize(mean)  # [1, D]
     row: Row = {}
     for name, target in targets.items():
         row[name], row[f"{name}_gain"] = metrics.cosine_gain(target, before, after)

@@ -33,7 +33,7 @@ FREE_TO_CHANGE = {
 TEXT, MAYBE_TEXT = (str,), (str, type(None))
 SETTINGS_READ = {
     "prompt": MAYBE_TEXT,
-    "image": MAYBE_TEXT,
+    "image": (str, list, type(None)),
     "method": TEXT,
     "generator": TEXT,
     "clip": TEXT,
@@ -117,6 +117,8 @@ def make_folder(folder: Path) -> None:
 def read_settings(folder: Path) -> dict:
     """Return a run's config.json, with at least the settings of `SETTINGS_READ`.
 
+    `image` is a list of names: none, the one that older runs name, or several.
+
     Raises:
         ValueError: it cannot be read, or is another program's.
     """
@@ -130,7 +132,12 @@ def read_settings(folder: Path) -> dict:
     for name, types in SETTINGS_READ.items():
         if not isinstance(settings.get(name, ...), types):
             raise ValueError(f"{path} was not written by train.py: no usable {name!r} in it")
-    return settings
+    image = settings["image"]
+    if image is None or isinstance(image, str):
+        image = [image] if image else []
+    if not all(isinstance(name, str) for name in image):
+        raise ValueError(f"{path} was not written by train.py: no usable 'image' in it")
+    return settings | {"image": image}
 
 
 def check_run(folder: Path, settings: dict) -> None:

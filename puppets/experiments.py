@@ -27,12 +27,13 @@ from tqdm import tqdm
 import bench
 import eval as evaluation
 import train
+from config import EDITS, METHODS
 from files.generators import load_generator
 from harness.cli import run_cli
+from harness.measure import stopwatch
 from harness.pictures import image_grid, save_image, save_video, to_uint8
 from harness.store import atomic_write
 from harness.tables import Row, cell
-from methods import EDITS, METHODS
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
 from puppets.data import CAMERAS
@@ -158,7 +159,7 @@ GROUPS = {
             "guidance 7.5": {"guidance": 7.5},
             "t below 0.5": {"t_range": (0.02, 0.5)},
             "t above 0.5": {"t_range": (0.5, 0.98)},
-            "t annealed": {"t_range": (0.02, 0.98, 0.5)},
+            "t annealed": {"t_end": 0.5},
             "learns biases too": {"learns": (r"(backbone\.synthesis|superresolution)\..*",)},
             "learns planes alone": {"learns": (r"backbone\.synthesis\..*\.weight",)},
             "batch 2": {"batch": 2},
@@ -257,10 +258,9 @@ def command(name: str, options: dict) -> str:
     words = ["python", "train.py"]
     for option, value in (options | {"out": RUNS / name}).items():
         flag = f"--{option.replace('_', '-')}"
-        values = (
-            [part for item in value.items() for part in item] if isinstance(value, dict) else value
-        )
-        words += [flag, *np.ravel(np.array(values, dtype=object)).astype(str)]
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, values in parts:  # Weights have a flag each.
+            words += [f"{flag}.{part}".rstrip("."), *np.ravel(np.array(values, object)).astype(str)]
     return shlex.join(words)
 
 
@@ -275,10 +275,10 @@ def measure_costs() -> None:
         return
     steps, device = {}, torch.device("cpu")
     for method in METHODS:
-        settings = train.resolve(train.Config(prompt="a clown", method=method, out=RUNS))
+        settings = train.Config(prompt="a clown", method=method, out=RUNS)
         steps[method] = bench.World(settings, device).call(bench.step)
     # In turn, so that a slow minute of the machine slows all; the first step of each is slower.
-    rounds = [{m: bench.stopwatch(step, device)[1] for m, step in steps.items()} for _ in range(8)]
+    rounds = [{m: stopwatch(step, device)[1] for m, step in steps.items()} for _ in range(8)]
     costs = {m: median(seconds[m] for seconds in rounds[1:]) for m in steps}
     evaluation.write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
 
