@@ -20,9 +20,8 @@ from PIL import Image
 from tyro.constructors import PrimitiveConstructorSpec
 
 from harness.cli import merge_repeats, parse_options
-from harness.download import HUB_ID
 from harness.pictures import read_picture, read_pictures
-from harness.run_folder import check_folder, check_run, locate, portable
+from harness.run_folder import check_folder, check_run, check_source, portable
 
 # Options that name a file, a folder, a hub id or a URL.
 SOURCES = ("generator", "diffusion", "controlnet", "ip_adapter", "vae", "features", "clip")
@@ -347,7 +346,8 @@ def parse(argv: Sequence[str], description: str) -> Config:
     names = ("base", "method", "prompt", "edit", "image")
     default = Config(**{name: getattr(read, name) for name in names})
     cfg = parse_options(Config, argv, description, default)
-    check(cfg)
+    if "RANK" not in os.environ:  # Processes of one launch refuse together, once they have met.
+        check(cfg)
     return cfg
 
 
@@ -421,18 +421,11 @@ def _check_weights(cfg: Config) -> None:
 
 
 def _check_sources(cfg: Config) -> None:
-    """Refuse a path at which nothing is; hub ids and URLs are looked up when they are loaded."""
-    given = [(name, getattr(cfg, name)) for name in SOURCES]
+    """Refuse paths at which nothing is."""
+    given = [(name, getattr(cfg, name)) for name in SOURCES if getattr(cfg, name)]
     given += [("lora", file) for file, _ in cfg.lora] + [("embedding", f) for f in cfg.embedding]
     for name, source in given:
-        if not source or os.path.exists(locate(source)):
-            continue
-        # In a folder that exists here, a missing file is a slip and no hub id.
-        elsewhere = re.match(rf"https?://|{HUB_ID}(/|$)", source, re.IGNORECASE)
-        if not elsewhere or os.path.isdir(os.path.dirname(locate(source))):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {source[:300]}: no such file or folder, and no hub id"
-            )
+        check_source(f"--{name.replace('_', '-')}", source)
 
 
 def references(cfg: Config) -> list[Image.Image]:

@@ -23,22 +23,15 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-import metrics
-from harness.cli import run_cli
-from harness.devices import pick_device
-from harness.pictures import read_picture, to_image
-from harness.run_folder import check_folder, locate, make_folder, read_settings, sole_writer
-from harness.store import atomic_write
-from harness.tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
-from models.eg3d import TriPlaneGenerator
-from models.features import ClipFeatures
-from models.fingerprints import fingerprint_generator
-from render import load_run
+from harness.cli import exit_codes, read_options
+from harness.run_folder import (
+    FREE_TO_CHANGE,
+    check_folder,
+    locate,
+    make_folder,
+    read_settings,
+    sole_writer,
+)
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
@@ -47,11 +40,13 @@ VERSION = 2  # Of what a score means; rows of other versions are scored again.
 # Read besides those of run_folder.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
-NOT_COMPARED = {"seed", "out", "device", "save_every", "grid_every"} | {
-    *("micro_batch", "low_memory", "compile"),
-}
+NOT_COMPARED = FREE_TO_CHANGE | {"seed"} - {"image"}
 RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
 PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ADDITIVE = ("ckpt",)  # Given twice, both count.
+
+Row = dict[str, float | int | str]  # One run's settings and scores, by name.
+Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 @dataclass
@@ -67,6 +62,108 @@ class Config:
     seed: int = 1_000_000  # Of the latents and cameras; training runs use small seeds.
     batch: int = 32  # Pictures that CLIP reads at once; no score depends on it.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
+
+
+def check(cfg: Config) -> None:
+    """Refuse options that cannot be used.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not cfg.ckpt or not FEWEST <= cfg.samples <= MOST or cfg.batch < 1:
+        raise ValueError(
+            f"--ckpt must name a run, --samples be {FEWEST} to {MOST} and --batch at least 1, "
+            f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
+        )
+    if not 0 <= cfg.seed < 2**62:
+        raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
+    check_folder(cfg.out.absolute().parent)
+    if cfg.real is not None:
+        if find_spec("torchmetrics") is None:
+            raise ValueError("--real needs torchmetrics: pip install torchmetrics")
+        if len(found := pictures(cfg.real)) < FEWEST:
+            raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
+    read_rows(cfg.out)
+    for ckpt in cfg.ckpt:
+        run_settings(ckpt)
+
+
+def pictures(folder: Path) -> Pictures:
+    """Return the pictures of a folder, by name.
+
+    Raises:
+        ValueError: there is no such folder, or it may not be read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
+        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    except OSError as error:
+        raise ValueError(f"--real {folder}: {error.strerror}") from error
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the rows that an earlier call wrote, by run; none if there is no such file.
+
+    Raises:
+        ValueError: the file is a folder, or another program's.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out {path} cannot be read ({error})") from error
+    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
+        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
+    return rows
+
+
+def _is_row(row: object) -> bool:
+    """Tell whether tables can be made of what stands where a row should."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(value, (int, float, str)) for value in row.values())
+        and all(isinstance(row.get(name), str) for name in ("method", "target"))
+        and ("run_seed" in row) >= ("config" in row)
+    )
+
+
+def run_settings(ckpt: Path) -> dict:
+    """Return the settings of a run that can be scored.
+
+    Raises:
+        ValueError: the path is no run folder, or the run has no result yet.
+    """
+    if not ckpt.is_dir():
+        raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
+    settings = read_settings(ckpt)
+    for name, types in SETTINGS.items():
+        if not isinstance(settings.get(name), types):
+            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
+    if not (settings["prompt"] or settings["image"]):
+        raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
+    if not (ckpt / "generator.safetensors").exists():
+        raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
+    return settings
+
+
+if __name__ == "__main__":
+    CFG = read_options(Config, __doc__, check, ADDITIVE)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import metrics
+from harness.devices import pick_device
+from harness.pictures import read_picture, to_image
+from harness.store import atomic_write
+from harness.tables import Log, csv_table, markdown_table, plot_bars, plot_steps
+from models.eg3d import TriPlaneGenerator
+from models.features import ClipFeatures
+from models.fingerprints import fingerprint_generator
+from render import load_run
 
 
 @dataclass(frozen=True)
@@ -100,7 +197,6 @@ class Source:
 
 
 Sources = dict[tuple, Source]  # By what they hang on.
-Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 def main(cfg: Config) -> None:
@@ -109,10 +205,7 @@ def main(cfg: Config) -> None:
     Raises:
         ValueError: an option cannot be used, or a folder is no run; nothing has been scored.
     """
-    check_options(cfg)
-    read_rows(cfg.out)
-    for ckpt in cfg.ckpt:
-        run_settings(ckpt)
+    check(cfg)
     device = pick_device(cfg.device)
     if cfg.quick:
         cfg = replace(cfg, samples=min(cfg.samples, QUICK))
@@ -129,40 +222,6 @@ def main(cfg: Config) -> None:
     report(cfg.out, cfg.ckpt)
 
 
-def check_options(cfg: Config) -> None:
-    """Refuse options that cannot be used.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if not cfg.ckpt or not FEWEST <= cfg.samples <= MOST or cfg.batch < 1:
-        raise ValueError(
-            f"--ckpt must name a run, --samples be {FEWEST} to {MOST} and --batch at least 1, "
-            f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
-        )
-    if not 0 <= cfg.seed < 2**62:
-        raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
-    check_folder(cfg.out.absolute().parent)
-    if cfg.real is not None:
-        if find_spec("torchmetrics") is None:
-            raise ValueError("--real needs torchmetrics: pip install torchmetrics")
-        if len(found := pictures(cfg.real)) < FEWEST:
-            raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
-
-
-def pictures(folder: Path) -> Pictures:
-    """Return the pictures of a folder, by name.
-
-    Raises:
-        ValueError: there is no such folder, or it may not be read.
-    """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
-        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    except OSError as error:
-        raise ValueError(f"--real {folder}: {error.strerror}") from error
-
-
 def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     """Return a checksum of all that a run's scores follow from."""
     real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
@@ -170,33 +229,6 @@ def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     for path in (ckpt / name for name in RUN_FILES):
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
     return f"crc32 {crc:08x}"
-
-
-def read_rows(path: Path) -> dict[str, Row]:
-    """Return the rows that an earlier call wrote, by run; none if there is no such file.
-
-    Raises:
-        ValueError: the file is a folder, or another program's.
-    """
-    if not path.exists():
-        return {}
-    try:
-        rows = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out {path} cannot be read ({error})") from error
-    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
-        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
-    return rows
-
-
-def _is_row(row: object) -> bool:
-    """Tell whether tables can be made of what stands where a row should."""
-    return (
-        isinstance(row, dict)
-        and all(isinstance(value, (int, float, str)) for value in row.values())
-        and all(isinstance(row.get(name), str) for name in ("method", "target"))
-        and ("run_seed" in row) >= ("config" in row)
-    )
 
 
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
@@ -218,25 +250,6 @@ def write_text(path: Path, text: str) -> None:
 def beside(out: Path, name: str) -> Path:
     """Return the file of this name that belongs to --out."""
     return out.with_name(f"{out.stem}-{name}")
-
-
-def run_settings(ckpt: Path) -> dict:
-    """Return the settings of a run that can be scored.
-
-    Raises:
-        ValueError: the path is no run folder, or the run has no result yet.
-    """
-    if not ckpt.is_dir():
-        raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
-    settings = read_settings(ckpt)
-    for name, types in SETTINGS.items():
-        if not isinstance(settings.get(name), types):
-            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
-    if not (settings["prompt"] or settings["image"]):
-        raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
-    if not (ckpt / "generator.safetensors").exists():
-        raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
-    return settings
 
 
 def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -> Row:
@@ -525,4 +538,5 @@ def report(out: Path, ckpts: tuple[Path, ...]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    with exit_codes():
+        main(CFG)

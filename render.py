@@ -20,22 +20,9 @@ from dataclasses import dataclass
 from math import isfinite, pi
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from harness.cli import exit_codes, read_options
+from harness.run_folder import check_folder, check_source, locate, make_folder, read_settings
 
-from files.generators import load_generator
-from harness.cli import run_cli
-from harness.devices import pick_device
-from harness.pictures import image_grid, save_image, save_video
-from harness.run_folder import check_folder, locate, make_folder, read_settings
-from models.eg3d import TriPlaneGenerator
-from models.fingerprints import fingerprint_generator
-from models.mesh import extract_mesh, save_mesh
-
-VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
-PITCH = -0.2
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
 MOST_FRAMES = 360  # Pillow wants them all before it encodes: 0.6 GB for pairs of 512 px.
 VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
@@ -56,13 +43,13 @@ class Config:
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
 
-def main(cfg: Config) -> None:
-    """Render what the module docstring lists.
+def check(cfg: Config) -> None:
+    """Refuse options that cannot be used.
 
     Raises:
-        ValueError: an option cannot be used; nothing has been written.
+        ValueError: naming the flag, the rule and the value.
     """
-    seeds = parse_range(cfg.seeds)
+    parse_range(cfg.seeds)
     if not isfinite(cfg.trunc):
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
     for flag, value, (least, most) in (
@@ -74,6 +61,54 @@ def main(cfg: Config) -> None:
     if cfg.mesh and importlib.util.find_spec("skimage") is None:
         raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
+    check_source("--ckpt", cfg.ckpt)
+
+
+def parse_range(text: str) -> list[int]:
+    """Return the seeds of a list such as 0-7,12; the ends of a range are included.
+
+    Raises:
+        ValueError: the text is no such list.
+    """
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
+        if not match:
+            raise ValueError(f"--seeds must look like 0-7,12, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last - first >= MOST_SEEDS:
+            raise ValueError(f"--seeds {part} must rise, by less than {MOST_SEEDS}")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+if __name__ == "__main__":
+    CFG = read_options(Config, __doc__, check)
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from files.generators import load_generator
+from harness.devices import pick_device
+from harness.pictures import image_grid, save_image, save_video
+from models.eg3d import TriPlaneGenerator
+from models.fingerprints import fingerprint_generator
+from models.mesh import extract_mesh, save_mesh
+
+VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
+PITCH = -0.2
+
+
+def main(cfg: Config) -> None:
+    """Render what the module docstring lists.
+
+    Raises:
+        ValueError: an option cannot be used; nothing has been written.
+    """
+    check(cfg)
+    seeds = parse_range(cfg.seeds)
     G, G_src, _ = load_run(cfg.ckpt, pick_device(cfg.device))
     make_folder(cfg.out)
     networks = [G] if G_src is None else [G_src, G]
@@ -200,23 +235,6 @@ def depth_images(depth: Tensor, mask: Tensor) -> Tensor:
     return (brightness * 2 - 1).expand(-1, 3, -1, -1)
 
 
-def parse_range(text: str) -> list[int]:
-    """Return the seeds of a list such as 0-7,12; the ends of a range are included.
-
-    Raises:
-        ValueError: the text is no such list.
-    """
-    seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
-        if not match:
-            raise ValueError(f"--seeds must look like 0-7,12, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last - first >= MOST_SEEDS:
-            raise ValueError(f"--seeds {part} must rise, by less than {MOST_SEEDS}")
-        seeds += range(first, last + 1)
-    return seeds
-
-
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    with exit_codes():
+        main(CFG)

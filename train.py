@@ -18,7 +18,7 @@ from harness.cli import exit_codes
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds: --help and refusals come at once.
-    with exit_codes():
+    with exit_codes(alike=True):
         CFG = parse(sys.argv[1:], __doc__)
 
 import copy

@@ -8,7 +8,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -30,18 +31,40 @@ def run_cli(config: type, main: Callable, description: str, additive: Collection
         main(parse_options(config, argv, description))
 
 
+def read_options(
+    config: type[Options],
+    description: str,
+    check: Callable[[Options], None],
+    additive: Collection[str] = (),
+) -> Options:
+    """Read the command line of a script and refuse what cannot work: one line, exit code 2.
+
+    Scripts call this before they import torch, which takes seconds. Arguments as in `run_cli`.
+    """
+    with exit_codes(alike=True):
+        # Shells leave the ~ of --out=~/x as it is; no option of these scripts is a text.
+        argv = [re.sub("(?:^|(?<==))~(?=/|$)", str(Path.home()), word) for word in sys.argv[1:]]
+        cfg = parse_options(config, merge_repeats(argv, additive), description)
+        check(cfg)
+        return cfg
+
+
 @contextmanager
-def exit_codes() -> Iterator[None]:
+def exit_codes(alike: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
 
     Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
+
+    Args:
+        alike: Whether all processes of a launch fail alike, so that the first speaks for all.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with one_voice():
             yield
     except (ValueError, FloatingPointError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if is_first() or not alike:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
         sys.exit(2 if wrong else 1)
     except RuntimeError as error:  # What torch raises without memory, on any device.
@@ -132,15 +155,18 @@ def options_settled() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl+C and SIGTERM in a list, to be read between two steps; a second one kills."""
+    """Collect Ctrl+C, SIGTERM and SIGHUP in a list, read between two steps; a second one kills."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
         received.append(number)
         signal.signal(number, before[number])
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        with suppress(OSError):  # The terminal may be gone.
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Windows has no SIGHUP, which a closed ssh session sends.
+    numbers = {getattr(signal, f"SIG{name}", signal.SIGINT) for name in ("INT", "TERM", "HUP")}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

@@ -6,6 +6,7 @@ grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt and gene
 
 import json
 import os
+import re
 import shlex
 import tempfile
 import zlib
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.download import HUB_ID, MIRRORS
 from harness.store import atomic_write
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -83,6 +85,22 @@ def locate(source: str) -> str:
     """Return the path, hub id or URL that `portable` named."""
     path = REPOSITORY / source
     return str(path) if os.path.exists(path) else source
+
+
+def check_source(flag: str, source: str) -> None:
+    """Refuse a path at which nothing is; hub ids and URLs are looked up when they are loaded.
+
+    Raises:
+        ValueError: naming the flag and the path.
+    """
+    path = locate(source)
+    if os.path.exists(path):
+        return
+    # In a folder that exists here, a missing file is a slip and no hub id.
+    elsewhere = re.match(rf"https?://|{HUB_ID}(/|$)", source, re.IGNORECASE)
+    if not elsewhere or os.path.isdir(os.path.dirname(path)):
+        hint = f". {MIRRORS}" if source.endswith(".pkl") else ""
+        raise ValueError(f"{flag} {source[:300]}: no such file or folder, and no hub id{hint}")
 
 
 def check_folder(folder: Path) -> None:
