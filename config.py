@@ -95,7 +95,7 @@ class Weights:
     perceptual: Weight = 0.0  # StyleGAN-Fusion's LPIPS-type distance to the source.
     distance: Weight = 0.0  # DiffusionGAN3D's relative distance (L_dis).
     keep: Weight = 0.0  # DiffusionGAN3D's reconstruction outside the region of an edit (L_diff).
-    clip_direction: Weight = 0.0  # StyleGAN-NADA's CLIP direction.
+    clip_direction: Weight = 0.0  # StyleGAN-NADA's direction in CLIP's space.
     target: Weight = 0.0  # 3D-Adapter's target distribution, from --image.
     structure: Weight = 0.0  # 3D-Adapter's structure of images.
     feature_structure: Weight = 0.0  # 3D-Adapter's structure of features, before super-resolution.
@@ -331,7 +331,7 @@ def _defaults(
     return plain | row | computed
 
 
-def parse(argv: Sequence[str], description: str) -> Config:
+def parse(argv: Sequence[str], description: str | None) -> Config:
     """Read the options of a command line, and refuse what cannot work.
 
     The base and method set the defaults of all others, so they are read first: --help shows the

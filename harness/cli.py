@@ -17,7 +17,9 @@ import tyro
 Options = TypeVar("Options")
 
 
-def run_cli(config: type, main: Callable, description: str, additive: Collection[str] = ()) -> None:
+def run_cli(
+    config: type, main: Callable, description: str | None, additive: Collection[str] = ()
+) -> None:
     """Parse the command line and call `main`; what a user can mend becomes one line.
 
     Args:
@@ -33,7 +35,7 @@ def run_cli(config: type, main: Callable, description: str, additive: Collection
 
 def read_options(
     config: type[Options],
-    description: str,
+    description: str | None,
     check: Callable[[Options], None],
     additive: Collection[str] = (),
 ) -> Options:
@@ -93,7 +95,10 @@ def one_voice() -> Iterator[None]:
 
 
 def parse_options(
-    config: type[Options], argv: Sequence[str], description: str, default: Options | None = None
+    config: type[Options],
+    argv: Sequence[str],
+    description: str | None,
+    default: Options | None = None,
 ) -> Options:
     """Parse a command line; tyro's box about a mistake becomes one line.
 
