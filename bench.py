@@ -37,12 +37,12 @@ from harness.devices import peak_gb, pick_device
 from harness.measure import commit, count, cpu_name, stopwatch
 from harness.run_folder import locate
 from harness.store import atomic_write
-from losses import guided_noise
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 from models.full_size import random_clip, random_prior, random_vit
 from models.generator import Generator
+from models.noise import guided_noise
 
 PROMPT = "a bronze statue"
 TOKENIZER = locate("checkpoints/puppets/clip")  # The one at hand.

@@ -58,8 +58,13 @@ class Generator(Protocol):
         planes: Tensor | None = None,
         rays: Rays | None = None,
         force_fp32: bool = False,
+        **options: Any,
     ) -> Outputs:
         """Render ws from the cameras c; planes and rays that are given are not made again."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what may learn."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

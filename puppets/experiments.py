@@ -40,8 +40,7 @@ from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
 from puppets.heads import Z_DIM
 from puppets.heads import render as draw_truth
-from render import PITCH, orbit
-from render import render as render_views
+from render import PITCH, orbit, seed_to_subject, views
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
@@ -412,7 +411,7 @@ def draw_orbit() -> None:
     networks = [load_generator(SOURCE)]
     networks += [load_generator(run) for run in runs if (run / "generator.safetensors").exists()]
     heads = [
-        zip(*(orbit(G, head, TURNING_FRAMES) for G in networks), strict=True)
+        zip(*(orbit(seed_to_subject(G, head), TURNING_FRAMES) for G in networks), strict=True)
         for head in FIGURE_SEEDS[:2]
     ]
     frames = [image_grid([torch.cat(row) for row in rows]) for rows in zip(*heads, strict=True)]
@@ -421,7 +420,7 @@ def draw_orbit() -> None:
 
 def show(G: TriPlaneGenerator) -> Tensor:
     """Render two views of each figure head, [2 N, 3, R, R]."""
-    return torch.cat([render_views(G, seed, SIDES)["image"] for seed in FIGURE_SEEDS])
+    return torch.cat([views(seed_to_subject(G, seed), SIDES)["image"] for seed in FIGURE_SEEDS])
 
 
 def show_truth(domain: str, hair: str | None = None) -> Tensor:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from tiny_prior import build_clip, build_prior, build_sd2, build_taesd, write_lora
 from transformers import CLIPTextModel
 
-from losses import dsds_loss, guided_noise
+from losses import dsds_loss
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import clip_preprocess, clip_tokenize
+from models.noise import guided_noise
 from models.pretrained import quiet_loading
 
 PLUS = "ip_adapter/models/ip-adapter-plus_sd15.bin"

@@ -13,7 +13,6 @@ from losses import (
     dsds_loss,
     edit_mask,
     fusion_sds_loss,
-    guided_noise,
     hsc_loss,
     keep_loss,
     perceptual_loss,
@@ -25,6 +24,7 @@ from losses import (
     target_loss,
 )
 from models.diffusion import Condition
+from models.noise import guided_noise
 
 GUIDANCE = 7.5
 

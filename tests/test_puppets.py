@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import train
 from files.generators import load_generator
-from losses import guided_noise
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
+from models.noise import guided_noise
 from puppets import heads
 from puppets.data import DOMAIN_NAMES
 from puppets.domains import DOMAINS, ODD_HAIR

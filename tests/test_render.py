@@ -63,8 +63,9 @@ def test_seed_looks_the_same_whatever_else_is_rendered():
 def test_several_views_equal_single_views():
     G = build_generator()
     with even_samples():  # Else the jitter of the rays differs.
-        views = render.render(G, 1, (0.4, 0.0, -0.4))["image"]
-        single = render.render(G, 1, (0.4,))["image"]
+        subject = render.seed_to_subject(G, 1)
+        views = render.views(subject, (0.4, 0.0, -0.4))["image"]
+        single = render.views(subject, (0.4,))["image"]
     assert views.shape == (3, 3, 32, 32)
     assert not torch.equal(views[0], views[1])
     torch.testing.assert_close(views[:1], single)
@@ -82,7 +83,7 @@ def backbone_passes(G, monkeypatch):
 def test_orbit_runs_the_backbone_once(monkeypatch):
     G = build_generator()
     batches = backbone_passes(G, monkeypatch)
-    frames = list(render.orbit(G, 1, 9))
+    frames = list(render.orbit(render.seed_to_subject(G, 1), 9))
     assert batches == [1]
     assert [frame.shape for frame in frames] == [(1, 3, 32, 32)] * 9
 
@@ -91,14 +92,18 @@ def test_frames_of_an_orbit_equal_single_renders():
     G = build_generator()
     ws = render.seed_to_ws(G, 3, 0.7)
     angles = torch.arange(4) * torch.pi / 2
-    for c, frame in zip(G.cameras.rim(angles).split(1), render.orbit(G, 3, 4, 0.7), strict=True):
+    for c, frame in zip(
+        G.cameras.rim(angles).split(1),
+        render.orbit(render.seed_to_subject(G, 3, 0.7), 4),
+        strict=True,
+    ):
         torch.manual_seed(3)
         assert torch.equal(frame, G.synthesis(ws, c, sample_mult=2)["image"])
 
 
 def test_orbit_closes_without_a_jump():
     with even_samples():
-        frames = torch.cat(list(render.orbit(build_generator(), 1, 32)))
+        frames = torch.cat(list(render.orbit(render.seed_to_subject(build_generator(), 1), 32)))
     steps = (frames - frames.roll(1, 0)).square().mean((1, 2, 3)).sqrt()
     assert steps.min() > 0 and steps[0] < 1.5 * steps[1:].max()
 
@@ -107,7 +112,7 @@ def test_no_variety_at_truncation_zero():
     G = build_generator()
     with even_samples():  # Else the jitter of the rays differs.
         for trunc, alike in ((0.0, True), (1.0, False)):
-            a, b = (render.render(G, seed, (0.0,), trunc) for seed in (1, 2))
+            a, b = (render.views(render.seed_to_subject(G, seed, trunc), (0.0,)) for seed in (1, 2))
             for name in ("image", "image_depth", "mask"):
                 assert torch.equal(a[name], b[name]) == alike, (name, trunc)
 
@@ -168,7 +173,9 @@ def test_orbit_of_a_run_is_a_looping_pair(tmp_path, adapted):
     networks = render.load_run(adapted)[1::-1]  # The source first.
     with Image.open(tmp_path / "seed0003.webp") as video:
         assert (video.n_frames, video.info["loop"], video.size) == (5, 0, (64, 32))
-        for pair in zip(*(render.orbit(network, 3, 5) for network in networks), strict=True):
+        for pair in zip(
+            *(render.orbit(render.seed_to_subject(G, 3), 5) for G in networks), strict=True
+        ):
             wanted = np.asarray(pictures.image_grid([torch.cat(pair)]), int)
             assert np.abs(np.asarray(video.convert("RGB"), int) - wanted).mean() < 12
             assert video.info.get("duration", 33) == 33
