@@ -24,11 +24,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from harness.cli import exit_codes, read_options
+from harness.pictures import find_pictures
 from harness.run_folder import (
     FREE_TO_CHANGE,
     check_folder,
     locate,
     make_folder,
+    read_log,
     read_settings,
     sole_writer,
 )
@@ -42,7 +44,6 @@ SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
 NOT_COMPARED = FREE_TO_CHANGE | {"seed"} - {"image"}
 RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
-PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 ADDITIVE = ("ckpt",)  # Given twice, both count.
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
@@ -89,16 +90,15 @@ def check(cfg: Config) -> None:
 
 
 def pictures(folder: Path) -> Pictures:
-    """Return the pictures of a folder, by name.
+    """Return the pictures of a folder and its subfolders, by name.
 
     Raises:
         ValueError: there is no such folder, or it may not be read.
     """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
-        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    except OSError as error:
-        raise ValueError(f"--real {folder}: {error.strerror}") from error
+        return tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in find_pictures(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--real {error}") from error
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -124,7 +124,7 @@ def _is_row(row: object) -> bool:
         isinstance(row, dict)
         and all(isinstance(value, (int, float, str)) for value in row.values())
         and all(isinstance(row.get(name), str) for name in ("method", "target"))
-        and ("run_seed" in row) >= ("config" in row)
+        and ("run_seed" in row or "config" not in row)  # Seeds of one config are one row.
     )
 
 
@@ -158,8 +158,8 @@ from tqdm import tqdm
 import metrics
 from harness.devices import pick_device
 from harness.pictures import read_picture, to_image
-from harness.store import atomic_write
-from harness.tables import Log, csv_table, markdown_table, plot_bars, plot_steps
+from harness.store import write_text
+from harness.tables import csv_table, markdown_table, plot_bars, plot_steps
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
@@ -242,11 +242,6 @@ def add_row(path: Path, run: str, row: Row) -> None:
         write_rows(path, read_rows(path) | {run: row})
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text, completely or not at all."""
-    atomic_write(path, lambda file: file.write(text.encode()))
-
-
 def beside(out: Path, name: str) -> Path:
     """Return the file of this name that belongs to --out."""
     return out.with_name(f"{out.stem}-{name}")
@@ -271,7 +266,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = load_clip(locate(settings["clip"]), device)
-    real = embed_pictures(clip, pictures(cfg.real), cfg.batch) if cfg.real else None  # [K, D]
+    real = embed_pictures(clip, cfg)  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
@@ -279,7 +274,9 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
     row |= {"run_seed": settings["seed"], "config": fingerprint_settings(settings)}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
-    row |= {"inputs": inputs} | ({"real": str(cfg.real)} if cfg.real else {})
+    row |= {"inputs": inputs}
+    if real is not None:
+        row |= {"real": str(cfg.real), "real_pictures": len(real)}
     try:
         row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg, real)
         row |= likeness(clip, source, adapted, cfg)
@@ -311,29 +308,13 @@ def cost(ckpt: Path) -> dict[str, float]:
     Raises:
         ValueError: the log is another program's.
     """
-    log = read_log(ckpt)
+    log = read_log(ckpt)  # Whole rows only.
     if not log:
         return {}
     seconds = sum(entry["seconds"] for entry in log)
     row = {"step_seconds": seconds / len(log), "total_minutes": seconds / 60}
     peaks = [entry["peak_gb"] for entry in log if "peak_gb" in entry]
     return row | ({"peak_gb": max(peaks)} if peaks else {})
-
-
-def read_log(ckpt: Path) -> Log:
-    """Return the whole rows of a run's log.jsonl; none without a log.
-
-    Raises:
-        ValueError: the log is another program's.
-    """
-    path = ckpt / "log.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        log = [json.loads(line) for line in lines if line.endswith("\n")]
-        sum(entry["step"] + entry["seconds"] + entry.get("peak_gb", 0) for entry in log)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} was not written by train.py ({error})") from error
-    return log
 
 
 def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
@@ -392,15 +373,32 @@ def load_clip(source: str, device: torch.device) -> ClipFeatures:
 
 
 @functools.lru_cache(maxsize=1)
-def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
-    """Return CLIP's unit embeddings of picture files, [K, D]."""
+def embed_pictures(clip: ClipFeatures, cfg: Config) -> Tensor | None:
+    """Return CLIP's unit embeddings of the pictures of --real, [K, D]; None without the option.
+
+    Says how many were found and used; those that cannot be read are named and left out.
+
+    Raises:
+        ValueError: too few can be read.
+    """
+    if cfg.real is None:
+        return None
     size = clip.model.config.vision_config.image_size
-    parts = []
-    for i in tqdm(range(0, len(files), batch), desc="real", unit="batch", leave=False):
-        squares = [to_image(read_picture(path)) for path, *_ in files[i : i + batch]]
-        images = [F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in squares]
+    files, parts, failed = pictures(cfg.real), [], []
+    for path, *_ in tqdm(files, desc="real", unit="picture", leave=False):
+        try:
+            square = to_image(read_picture(path))
+        except ValueError:
+            failed.append(path.name)
+            continue
+        image = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
         with torch.no_grad():
-            parts.append(clip.images(torch.cat(images).to(clip.model.device)).cpu())
+            parts.append(clip.images(image.to(clip.model.device)).cpu())
+    left_out = f"; cannot be read: {', '.join(failed)}" if failed else ""
+    said = f"--real {cfg.real}: {len(files)} pictures found, {len(parts)} used{left_out}"
+    if len(parts) < FEWEST:
+        raise ValueError(f"{said}; {FEWEST} are the least")
+    tqdm.write(said, file=sys.stderr)
     return torch.cat(parts)
 
 

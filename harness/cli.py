@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 
@@ -61,22 +61,57 @@ def exit_codes(alike: bool = False) -> Iterator[None]:
         alike: Whether all processes of a launch fail alike, so that the first speaks for all.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    out, err = Unfailing(sys.stdout), Unfailing(sys.stderr)
     try:
-        with one_voice():
+        with redirect_stdout(out), redirect_stderr(err), one_voice():
             yield
     except (ValueError, FloatingPointError, OSError) as error:
         if is_first() or not alike:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", " ".join(str(error).split()), file=err)
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
         sys.exit(2 if wrong else 1)
     except RuntimeError as error:  # What torch raises without memory, on any device.
         if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)
+        print(f"error: out of memory (README.md says what needs less): {reason}", file=err)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        out.flush()
+
+
+class Unfailing:
+    """A stream whose writes never fail, so that no print ends a run.
+
+    Consoles may lack a character (Windows' code pages, LANG=C), terminals and pipes may be gone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream."""
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written; a character that the stream lacks becomes its escape."""
+        with suppress(OSError, ValueError):  # UnicodeEncodeError is a ValueError.
+            return self.stream.write(text)
+        with suppress(OSError, ValueError):
+            return self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush; a pipe that nobody reads is closed for good, or Python would complain at exit."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        """Return whatever else the stream has."""
+        return getattr(self.stream, name)
 
 
 def is_first() -> bool:
@@ -166,8 +201,7 @@ def stop_requests() -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         received.append(number)
         signal.signal(number, before[number])
-        with suppress(OSError):  # The terminal may be gone.
-            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     # Windows has no SIGHUP, which a closed ssh session sends.
     numbers = {getattr(signal, f"SIG{name}", signal.SIGINT) for name in ("INT", "TERM", "HUP")}

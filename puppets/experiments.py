@@ -32,7 +32,7 @@ from files.generators import load_generator
 from harness.cli import run_cli
 from harness.measure import stopwatch
 from harness.pictures import image_grid, save_image, save_video, to_uint8
-from harness.store import atomic_write
+from harness.store import write_text
 from harness.tables import Row, cell
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
@@ -279,7 +279,7 @@ def measure_costs() -> None:
     # In turn, so that a slow minute of the machine slows all; the first step of each is slower.
     rounds = [{m: stopwatch(step, device)[1] for m, step in steps.items()} for _ in range(8)]
     costs = {m: median(seconds[m] for seconds in rounds[1:]) for m in steps}
-    evaluation.write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
+    write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
 
 
 def draw_reference(domain: str) -> None:
@@ -305,7 +305,7 @@ def write_tables(scores: dict[str, Row]) -> None:
     lines += ["", "## Trials", "", *table_of_trials(), "", "## Commands", "", "```sh"]
     lines += [command(name, options) for name, options in plan().items() if name in scores]
     text = "\n".join([*lines, "```"]) + "\n"
-    atomic_write(DOCS / "results.md", lambda file: file.write(text.encode()))
+    write_text(DOCS / "results.md", text)
 
 
 def table_of_means(group: Group, domains: tuple[str, ...], scores: dict[str, Row]) -> list[str]:
