@@ -84,7 +84,7 @@ def save_generator(
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
     _check_finite(tensors)
-    metadata["checksum"] = _checksum(metadata, tensors)
+    metadata["checksum"] = json.dumps(_checksum(metadata, tensors))
     content = _sort_header(safetensors.torch.save(tensors, metadata))
     atomic_write(path, lambda file: file.write(content))
 
@@ -168,7 +168,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
         # Copied, since the generator must not depend on the file any more.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         checksum = metadata.pop("checksum", None)  # Older files have none.
-        if checksum not in (None, _checksum(metadata, tensors)):
+        if checksum and json.loads(checksum) != _checksum(metadata, tensors):
             raise ValueError("it is damaged: its bytes have changed since it was written")
         header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
         return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}

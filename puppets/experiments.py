@@ -257,6 +257,9 @@ def command(name: str, options: dict) -> str:
     words = ["python", "train.py"]
     for option, value in (options | {"out": RUNS / name}).items():
         flag = f"--{option.replace('_', '-')}"
+        if value is False:
+            words.append(f"--no-{flag[2:]}")
+            continue
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, values in parts:  # Weights have a flag each.
             words += [f"{flag}.{part}".rstrip("."), *np.ravel(np.array(values, object)).astype(str)]

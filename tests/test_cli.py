@@ -483,7 +483,7 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
         (f"--samples {10**25}", "--samples"),
         (f"--ckpt {'x' * 300}", "too long"),
         ("--seed -1", "--seed"),
-        ("--real nowhere", "--real nowhere: No such"),
+        ("--real nowhere", "--real nowhere: no such folder"),
         ("--real .", "0 pictures"),
         ("--ckpt nowhere", "nowhere"),
         ("--ckpt .", "config.json"),
