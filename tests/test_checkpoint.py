@@ -81,7 +81,7 @@ def test_header_holds_what_design_names(saved):
     assert values["neural_rendering_resolution"] == 12
     assert torch.tensor(values["plane_axes"]).shape == (3, 3, 3)
     assert values["rendering_kwargs"]["camera_distribution"] == "uniform"
-    assert len(values) == 4
+    assert len(values) == 5  # And the checksum.
 
 
 def test_run_folder_is_a_generator(tmp_path, saved):
