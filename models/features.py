@@ -5,7 +5,6 @@ Gradients flow to the images, never to the networks.
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from models.pretrained import (
     quiet_loading,
     resolve_source,
 )
+from models.prompts import clip_tokenize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -184,16 +184,6 @@ def clip_preprocess(images: Tensor, size: int) -> Tensor:
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     images = images[..., top : top + size, left : left + size]  # [B, 3, size, size]
     return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
-
-
-def clip_tokenize(tokenizer: CLIPTokenizer, sentences: list[str], length: int) -> Tensor:
-    """Return token ids [N, length], padded; a sentence that is longer is cut, with a warning."""
-    for sentence, ids in zip(sentences, tokenizer(sentences, verbose=False).input_ids, strict=True):
-        if len(ids) > length:  # The end mark takes the last place.
-            cut = tokenizer.decode(ids[length - 1 : -1])[:40]
-            warnings.warn(f"{sentence[:20]!r}... is too long, cut off at {cut!r}", stacklevel=2)
-    options = {"padding": "max_length", "max_length": length, "truncation": True}
-    return tokenizer(sentences, **options, return_tensors="pt").input_ids
 
 
 def _input_format(source: str, image_size: int) -> dict:
