@@ -106,11 +106,6 @@ def fuse_loras(
         where = (root, os.path.join(subfolder, name))
         with one_line_errors(*where), quiet_loading():
             for layer, (label, parts, ratio) in _read_lora(root, subfolder, name, layers).items():
-                if not all(part.isfinite().all() for part in parts.values()):
-                    raise ValueError(f"{label} holds NaNs or infinities")
-                # Shapes are checked before anything is changed.
-                shells = {key: part.to("meta") for key, part in parts.items()}
-                change_of(shells, layer.weight, label)
                 changes.setdefault(layer, []).append((where, label, parts, scale * ratio))
     for layer, own in changes.items():
         _add_changes(layer, own)
@@ -228,10 +223,15 @@ def _read_lora(root: str, subfolder: str, name: str, layers: dict[str, tuple]) -
         raise ValueError("holds no LoRA weights")
     config = _read_config(root, subfolder, name)
     settings = {part: _settings(part, header, config) for part in ("unet", "text_encoder")}
-    return {
-        layer: (label, parts, _ratio(label, parts, settings[label.partition(".")[0]]))
-        for layer, (label, parts) in found.items()
-    }
+    read = {}
+    for layer, (label, parts) in found.items():
+        if not all(part.isfinite().all() for part in parts.values()):
+            raise ValueError(f"{label} holds NaNs or infinities")
+        # Shapes are checked before anything is changed.
+        change_of({key: part.to("meta") for key, part in parts.items()}, layer.weight, label)
+        ratio = _ratio(label, parts, settings[label.partition(".")[0]])
+        read[layer] = (label, parts, ratio)
+    return read
 
 
 def _place(key: str, layers: dict[str, tuple]) -> tuple[nn.Module, str, str]:
@@ -328,8 +328,6 @@ def _ratio(label: str, parts: dict[str, Tensor], settings: Settings) -> float:
     rank = _rank(parts)
     if rank is None:
         return 1.0
-    if not rank:
-        raise ValueError(f"has rank 0 in {label}")
     layer = label.partition(".")[2]
     own = [alpha for key, alpha in settings.alpha_pattern.items() if _matches(key, layer)]
     alpha = own[0] if own else rank if settings.alpha is None else settings.alpha

@@ -162,9 +162,9 @@ def _check_latents(
     latents = []
     for network in (vae, own):
         dtype = network.dtype
-        with torch.no_grad():  # In single precision, since a CPU may know no other.
+        with torch.no_grad(), quiet_loading():  # In float32, since a CPU may know nothing else.
             latents.append(encode(network.float(), synthetic_pictures()))
-        network.to(dtype)
+            network.to(dtype)
     ours, theirs = latents
     correlation = latent_correlation(ours, theirs)
     if not correlation >= LEAST_CORRELATION:

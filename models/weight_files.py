@@ -143,7 +143,8 @@ def kind_of_weights(content: object) -> str | None:
     for pattern, kind in KINDS:
         if any(re.match(pattern, key) for key in keys):
             return kind
-    only = next(iter(content.values())) if len(content) == 1 else None
-    if isinstance(only, Tensor) and only.ndim <= 2:
-        return "a textual inversion embedding"
+    if len(content) == len(keys) == 1 and not keys[0].endswith((".weight", ".bias", ".alpha")):
+        only = content[keys[0]]
+        if isinstance(only, Tensor) and only.ndim <= 2:
+            return "a textual inversion embedding"
     return None

@@ -4,6 +4,7 @@ import json
 from math import isfinite
 from pathlib import Path
 
+import methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from tiny_prior import build_taesd
 from tiny_run import hurry, options, run, world
 
 import bench
-import methods
 import train
 from models.diffusion import Condition
 
@@ -143,7 +143,7 @@ def test_the_report_is_complete(report):
 )
 def test_switches_are_compared_with_the_exact_gradient(switch, tmp_path):
     if "vae" in switch:
-        switch = {"vae": str(build_taesd(tmp_path))}
+        switch = {"vae": str(build_taesd(tmp_path, world() / "diffusion"))}
     bench.main(config(parts=("sds",), batch=4, json=tmp_path / "x.json", **switch))
     gradient = json.loads((tmp_path / "x.json").read_text())["gradient"]
     assert gradient["cosine"] < 0.99999

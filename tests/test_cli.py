@@ -10,6 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
+import methods
 import pytest
 import torch
 import tyro
@@ -18,7 +19,6 @@ from tiny_run import arguments, build_generator, hurry, run, world
 
 import convert
 import eval as evaluation
-import methods
 import render
 import train
 from files.generators import save_generator

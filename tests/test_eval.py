@@ -9,6 +9,7 @@ from math import asin, degrees, pi, sin, tan
 from pathlib import Path
 from types import SimpleNamespace
 
+import methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
 import eval as evaluation
-import methods
 import metrics
 import train
 from eval import Config, Renders, Source, Views

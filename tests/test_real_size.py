@@ -5,13 +5,13 @@ import subprocess
 import sys
 from math import isfinite
 
+import methods
 import pytest
 import torch
 from official_pickle import content_of, write_pickle
 from safetensors import safe_open
 
 import bench
-import methods
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
 import losses
-import methods
 import train
 from files.generators import load_generator, save_generator
 from harness.checkpoints import load_checkpoint
