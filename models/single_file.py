@@ -6,6 +6,7 @@ names. The architecture follows from the weights' shapes. What shapes cannot say
 Diffusion 1.5 and 2.1: heads, normalisation groups, activations and the noise schedule.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -72,11 +73,6 @@ class SingleFile:
     def shape(self, key: str) -> list[int]:
         """Return the shape of a weight."""
         return list(self.weights[key].shape)
-
-    def count(self, pattern: str) -> int:
-        """Return 1 + the highest number that the pattern's group has among the names, or 0."""
-        matches = (re.match(pattern, key) for key in self.weights)
-        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def read_single_file(path: str) -> SingleFile:
@@ -235,9 +231,11 @@ def seems_to_predict_velocity(unet: UNet2DConditionModel) -> bool:
 
 def unet_config(file: SingleFile) -> dict:
     """Return the UNet's configuration by its weights' shapes."""
-    levels, blocks = [[]], file.count(rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
-    for i in range(1, blocks):
+    levels = [[]]
+    for i in itertools.count(1):
         block = f"{UNET}input_blocks.{i}."
+        if not any(key.startswith(block) for key in file.weights):
+            break
         if f"{block}0.op.weight" in file.weights:
             levels.append([])
         else:
@@ -299,9 +297,8 @@ def text_config(file: SingleFile) -> dict:
         words = next(key for key in file.weights if key.endswith("token_embedding.weight"))
         places = words.replace("token_", "position_")
         layer, wide = rf"{re.escape(CLIP)}(?:text_model\.)?encoder\.layers\.(\d+)\.", "fc1.weight"
-    layers = file.count(layer)
-    if file.is_v2:
-        layers = min(layers, 23)
+    used = {key for key in file.weights if not key.startswith(LAST_OF_OPEN_CLIP)}
+    layers = len({found[1] for found in (re.match(layer, key) for key in used) if found})
     inner = next(key for key in file.weights if re.match(layer, key) and key.endswith(wide))
     vocab_size, width = file.shape(words)
     return {

@@ -108,9 +108,9 @@ def build_prior(
 ) -> Path:
     """Write a diffusers folder with controlnet/ and ip_adapter/ inside, and return it."""
     torch.manual_seed(seed)
-    unet_config = {"attention_head_dim": 4, "norm_num_groups": 8} | (unet_config or {})
+    defaults = {"sample_size": 8, "attention_head_dim": 4, "norm_num_groups": 8}
+    unet_config = defaults | (unet_config or {})
     unet = UNet2DConditionModel(
-        sample_size=8,
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -162,7 +162,9 @@ def build_prior(
     return folder
 
 
-def build_sd2(folder: Path) -> Path:
+def build_sd2(
+    folder: Path, unet_config: dict | None = None, text_config: dict | None = None
+) -> Path:
     """Write a folder with what sets Stable Diffusion 2.1 apart, with controlnet/, and return it."""
     build_prior(
         folder,
@@ -172,8 +174,9 @@ def build_sd2(folder: Path) -> Path:
             "attention_head_dim": [2, 4, 4],
             "use_linear_projection": True,
             "upcast_attention": True,
-        },
-        text_config={"hidden_act": "gelu", "num_hidden_layers": 3},
+        }
+        | (unet_config or {}),
+        text_config={"hidden_act": "gelu", "num_hidden_layers": 3} | (text_config or {}),
         scheduler_config={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     )
     (folder / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
