@@ -156,7 +156,7 @@ def _product(factors: dict[str, Tensor]) -> Tensor:
     if "hada_w1_a" in factors:
         return _hadamard_side(factors, 1) * _hadamard_side(factors, 2)
     w1, w2 = _kronecker_side(factors, 1), _kronecker_side(factors, 2)
-    return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())
 
 
 def _hadamard_side(factors: dict[str, Tensor], side: int) -> Tensor:
@@ -310,7 +310,9 @@ def _settings(part: str, header: dict[str, str], config: dict) -> Settings:
     if not isinstance(given, dict):
         raise ValueError("its header is no table of settings")
     given = config | plain | given
-    own = {key.removeprefix(f"{part}."): value for key, value in given.items()}
+    start = f"{part}."  # Settings of one network begin with it, and win over those of all.
+    own = {key.removeprefix(start): given[key] for key in given if key.startswith(start)}
+    own = given | own
     if own.get("use_dora"):
         raise ValueError("is a DoRA, which scales weights too; only LoRA is supported")
     patterns = own.get("alpha_pattern") or {}

@@ -49,14 +49,9 @@ def single_file_weights(prior: Path, is_v2: bool = False) -> dict[str, Tensor]:
     unet = UNet2DConditionModel.from_pretrained(prior / "unet")
     vae = AutoencoderKL.from_pretrained(prior / "vae")
     text = CLIPTextModel.from_pretrained(prior / "text_encoder").state_dict()
-    layers = unet.config.layers_per_block
-    weights = {
-        f"model.diffusion_model.{_unet_name(key, layers)}": value
-        for key, value in unet.state_dict().items()
-    }
-    levels = len(vae.config.block_out_channels)
-    for key, value in vae.state_dict().items():
-        name = _vae_name(key, levels)
+    unet_weights, vae_weights = first_names(unet, vae)
+    weights = {f"model.diffusion_model.{name}": value for name, value in unet_weights.items()}
+    for name, value in vae_weights.items():
         convolved = "attn_1" in name and value.ndim == 2
         weights[f"first_stage_model.{name}"] = value[:, :, None, None] if convolved else value
     if is_v2:
@@ -67,6 +62,17 @@ def single_file_weights(prior: Path, is_v2: bool = False) -> dict[str, Tensor]:
         places = text["embeddings.position_embedding.weight"]
         weights[f"{prefix}embeddings.position_ids"] = torch.arange(len(places))[None]
     return {key: value.contiguous() for key, value in weights.items()}
+
+
+def first_names(
+    unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of a UNet and of a VAE by their first names."""
+    layers, levels = unet.config.layers_per_block, len(vae.config.block_out_channels)
+    return (
+        {_unet_name(key, layers): value for key, value in unet.state_dict().items()},
+        {_vae_name(key, levels): value for key, value in vae.state_dict().items()},
+    )
 
 
 def write_single_file(

@@ -8,11 +8,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from prior_fixtures import predict
 from safetensors.torch import save_file
-from single_file_writer import single_file_weights, write_single_file
+from single_file_writer import first_names, single_file_weights, write_single_file
 from tiny_prior import build_prior, build_sd2
 
 from models.diffusion import DiffusionPrior
-from models.single_file import seems_to_predict_velocity
+from models.single_file import (
+    SingleFile,
+    seems_to_predict_velocity,
+    unet_config,
+    vae_config,
+)
 
 # What no file tells, as it is in the real versions.
 V1 = {
@@ -226,3 +231,30 @@ def test_file_on_the_hub_is_taken_from_its_cache(v1, home, tmp_path, monkeypatch
     assert_same_networks(ours, DiffusionPrior.from_pretrained(v1))
     with pytest.raises(ValueError, match="^user/repo/other.safetensors.*hub"):
         DiffusionPrior.from_pretrained("user/repo/other.safetensors")
+
+
+REAL = {
+    "1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+}
+
+
+@pytest.mark.parametrize("version", REAL)
+def test_architecture_of_the_real_versions_follows_from_their_shapes(version):
+    vae_blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    vae_blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, **REAL[version])
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), **vae_blocks)
+    unet_weights, vae_weights = first_names(unet, vae)
+    mark = {"cond_stage_model.model.ln_final.bias": torch.ones(1)} if version == "2" else {}
+    file = SingleFile("x", {f"{UNET}{k}": v for k, v in unet_weights.items()} | mark, {})
+    for network, config in ((unet, unet_config(file)), (vae, vae_config(vae_weights))):
+        for key, value in config.items():
+            given = network.config[key]
+            assert value == (list(given) if isinstance(given, tuple) else given), key
