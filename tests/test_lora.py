@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_prior import write_lora
 
 from models.diffusion import DiffusionPrior
+from models.lora import fuse_loras
 
 
 @pytest.mark.parametrize(
@@ -209,13 +211,14 @@ def draw(*shape):
     return 0.3 * torch.randn(*shape)
 
 
-def fused(folder, *loras):
+def fused(prior, *loras):
     """The change of every weight of the UNet and text encoder that LoRAs change."""
-    styled = DiffusionPrior.from_pretrained(folder, loras=loras)
-    plain = DiffusionPrior.from_pretrained(folder)
+    plain = {"unet": prior.unet, "text_encoder": prior.text_encoder}
+    styled = deepcopy(plain)
+    fuse_loras(loras, **styled)
     changes = {}
-    for part in ("unet", "text_encoder"):
-        ours, theirs = (getattr(p, part).state_dict() for p in (styled, plain))
+    for part in plain:
+        ours, theirs = (networks[part].state_dict() for networks in (styled, plain))
         for key, weight in theirs.items():
             if not torch.equal(ours[key], weight):
                 changes[key.removesuffix(".weight")] = ours[key].double() - weight.double()
@@ -249,7 +252,7 @@ PEFT_SCALES = {
 
 @pytest.mark.parametrize("case", PEFT_SCALES)
 @pytest.mark.parametrize("layer", [LAYER, TEXT, f"text_model.{TEXT}"])
-def test_adapter_of_peft_is_scaled_as_its_config_says(case, layer, folder, tmp_path):
+def test_adapter_of_peft_is_scaled_as_its_config_says(case, layer, prior, tmp_path):
     config, scale = PEFT_SCALES[case]
     if layer != LAYER:
         config = json.loads(json.dumps(config).replace("attn1.to_q", "q_proj"))
@@ -257,7 +260,7 @@ def test_adapter_of_peft_is_scaled_as_its_config_says(case, layer, folder, tmp_p
     adapter = write_peft(tmp_path / "peft", config, layer, lora_A=down, lora_B=up)
     expected = {layer.removeprefix("text_model."): 0.7 * scale * up @ down}
     for source in (adapter, adapter / "adapter_model.safetensors"):
-        assert_change(fused(folder, (source, 0.7)), expected)
+        assert_change(fused(prior, (source, 0.7)), expected)
 
 
 PEFT_REFUSALS = {
@@ -290,9 +293,7 @@ PATTERN_HEADERS = {
 
 
 @pytest.mark.parametrize("case", PATTERN_HEADERS)
-def test_alpha_of_a_header_is_that_of_the_first_pattern_that_means_the_layer(
-    case, folder, tmp_path
-):
+def test_alpha_of_a_header_is_that_of_the_first_pattern_that_means_the_layer(case, prior, tmp_path):
     header, of_middle, of_other = PATTERN_HEADERS[case]
     header = {"unet.r": 4, "unet.lora_alpha": 8} | header
     middle = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -304,18 +305,18 @@ def test_alpha_of_a_header_is_that_of_the_first_pattern_that_means_the_layer(
     file = tmp_path / "style.safetensors"
     save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(header)})
     expected = {middle: of_middle * up @ down, LAYER: of_other * up @ down}
-    assert_change(fused(folder, (file, 1.0)), expected)
+    assert_change(fused(prior, (file, 1.0)), expected)
 
 
-def test_alpha_that_a_header_names_by_itself_counts(folder, tmp_path):
+def test_alpha_that_a_header_names_by_itself_counts(prior, tmp_path):
     down, up = draw(4, 32), draw(32, 4)
     state = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
     save_file(state, tmp_path / "style.safetensors", metadata={"lora_alpha": "8"})
-    changes = fused(folder, (tmp_path / "style.safetensors", 1.0))
+    changes = fused(prior, (tmp_path / "style.safetensors", 1.0))
     assert_change(changes, {LAYER: 2 * up @ down})
 
 
-def test_oldest_form_names_attention_processors_of_the_unet_with_no_prefix(folder, tmp_path):
+def test_oldest_form_names_attention_processors_of_the_unet_with_no_prefix(prior, tmp_path):
     block, _, name = LAYER.rpartition(".")
     state, expected = {}, {}
     for kind, layer in ((name, LAYER), ("to_out", f"{block}.to_out.0")):
@@ -324,7 +325,7 @@ def test_oldest_form_names_attention_processors_of_the_unet_with_no_prefix(folde
         state |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
         expected[layer] = 0.7 * up @ down
     torch.save(state, tmp_path / "pytorch_lora_weights.bin")
-    assert_change(fused(folder, (tmp_path, 0.7)), expected)
+    assert_change(fused(prior, (tmp_path, 0.7)), expected)
 
 
 def loha(out, deep, rank=4, kernel=()):
@@ -338,7 +339,7 @@ def loha(out, deep, rank=4, kernel=()):
     return factors, sides[0] * sides[1]
 
 
-def test_loha_is_the_product_by_elements_of_two_matrices(folder, tmp_path):
+def test_loha_is_the_product_by_elements_of_two_matrices(prior, tmp_path):
     factors, product = loha(32, 32)
     conv, conv_product = loha(32, 32 * 9)
     state = {f"lora_unet_{LAYER.replace('.', '_')}.{k}": v for k, v in factors.items()}
@@ -346,10 +347,10 @@ def test_loha_is_the_product_by_elements_of_two_matrices(folder, tmp_path):
     state[f"lora_unet_{LAYER.replace('.', '_')}.alpha"] = torch.tensor(2.0)
     save_file(state, tmp_path / "loha.safetensors")
     expected = {LAYER: 0.7 * 0.5 * product, CONV: 0.7 * conv_product.view(32, 32, 3, 3)}
-    assert_change(fused(folder, (tmp_path / "loha.safetensors", 0.7)), expected)
+    assert_change(fused(prior, (tmp_path / "loha.safetensors", 0.7)), expected)
 
 
-def test_loha_of_convolutions_may_have_kernels_of_their_own(folder, tmp_path):
+def test_loha_of_convolutions_may_have_kernels_of_their_own(prior, tmp_path):
     rank, sides, factors = 2, [], {}
     for side in (1, 2):
         t, a, b = draw(rank, rank, 3, 3), draw(rank, 32), draw(rank, 32)
@@ -362,7 +363,7 @@ def test_loha_of_convolutions_may_have_kernels_of_their_own(folder, tmp_path):
         sides.append(change)
     state = {f"lora_unet_{CONV.replace('.', '_')}.{k}": v for k, v in factors.items()}
     save_file(state, tmp_path / "loha.safetensors")
-    changes = fused(folder, (tmp_path / "loha.safetensors", 1.0))
+    changes = fused(prior, (tmp_path / "loha.safetensors", 1.0))
     assert_change(changes, {CONV: sides[0] * sides[1]})
 
 
@@ -414,16 +415,16 @@ def lokr_cases():
 
 
 @pytest.mark.parametrize("case", lokr_cases())
-def test_lokr_is_a_kronecker_product(case, folder, tmp_path):
+def test_lokr_is_a_kronecker_product(case, prior, tmp_path):
     torch.manual_seed(0)
     layer, factors, alpha, expected = lokr_cases()[case]
     state = {f"lora_unet_{layer.replace('.', '_')}.{k}": v for k, v in factors.items()}
     state[f"lora_unet_{layer.replace('.', '_')}.alpha"] = torch.tensor(alpha)
     save_file(state, tmp_path / "lokr.safetensors")
-    assert_change(fused(folder, (tmp_path / "lokr.safetensors", 1.0)), {layer: expected})
+    assert_change(fused(prior, (tmp_path / "lokr.safetensors", 1.0)), {layer: expected})
 
 
-def test_locon_has_a_kernel_between_two_matrices(folder, tmp_path):
+def test_locon_has_a_kernel_between_two_matrices(prior, tmp_path):
     down, mid, up = draw(3, 32, 1, 1), draw(3, 3, 3, 3), draw(32, 3, 1, 1)
     key = f"lora_unet_{CONV.replace('.', '_')}"
     state = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
@@ -434,7 +435,7 @@ def test_locon_has_a_kernel_between_two_matrices(folder, tmp_path):
     convolve = torch.nn.functional.conv2d
     wanted = convolve(seen, down.double())
     wanted = convolve(convolve(wanted, mid.double()), up.double())
-    change = fused(folder, (tmp_path / "locon.safetensors", 1.0))[CONV]
+    change = fused(prior, (tmp_path / "locon.safetensors", 1.0))[CONV]
     torch.testing.assert_close(convolve(seen, change), 0.5 * wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -478,8 +479,8 @@ def test_several_loras_add_up_in_any_order(folder, tmp_path):
             torch.testing.assert_close(ours[key], weight, msg=key)
 
 
-def test_lora_twice_counts_twice(folder, lora):
-    twice, double = fused(folder, (lora, 0.5), (lora, 0.5)), fused(folder, (lora, 1.0))
+def test_lora_twice_counts_twice(prior, lora):
+    twice, double = fused(prior, (lora, 0.5), (lora, 0.5)), fused(prior, (lora, 1.0))
     assert_change(twice, double)
 
 
