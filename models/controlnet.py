@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ControlNetModel
 
-from models.pretrained import load_network, resolve_source
+from models.pretrained import load_network, one_line_errors, quiet_loading, resolve_source
 
 # What a config must say, since anything else would be ignored here or fail in the first step.
 WANTED = {
@@ -36,7 +36,9 @@ def load_controlnet(source: str | Path, dtype: torch.dtype) -> ControlNetModel:
     """
     source = resolve_source(source)
     controlnet = load_network(ControlNetModel, source, dtype=dtype)
-    if condition := other_condition(source, controlnet.config.get("_name_or_path") or ""):
+    with one_line_errors(source), quiet_loading():  # The network's own config names the source.
+        saved = ControlNetModel.load_config(source, local_files_only=Path(source).is_dir())
+    if condition := other_condition(source, str(saved.get("_name_or_path") or "")):
         warnings.warn(
             f"{source} seems to be a ControlNet for {condition}, and is given depth here",
             stacklevel=3,
@@ -51,7 +53,7 @@ def other_condition(source: str, name_or_path: str) -> str | None:
         source: Its folder or hub id, of which the last part counts.
         name_or_path: Where it was trained or saved, by its config.
     """
-    for name in (source, str(name_or_path)):
+    for name in (source, name_or_path):
         name = Path(name).name
         if DEPTH.search(name):
             return None

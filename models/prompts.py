@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 NETWORKS = r"<(?:lora|lyco|locon|hypernet):[^<>]*>"
 WEB_UI = re.compile(
     rf"{NETWORKS}"
-    r"|\([^()]*:\s*[-+]?\d*\.?\d+\s*\)"  # (word:1.3)
+    r"|\([^()]*[^\s\d()]\s*:\s*[-+]?\d*\.?\d+\s*\)"  # (word:1.3), but not (at 12:30)
     r"|\(\(+[^()]*\)\)+"  # ((word))
     r"|\[[^\[\]]+\]"  # [word], [from:to:when], [one|other]
     r"|\\[()\[\]]"  # \(, which stands for a parenthesis where those have a meaning.

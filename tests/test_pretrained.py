@@ -172,3 +172,109 @@ def test_deleted_stable_diffusion_is_refused_with_the_living_ones(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="^runwayml/.*hub.*living.* CompVis/stable-diffusion-v1-4"):
         DiffusionPrior.from_pretrained("runwayml/stable-diffusion-v1-5")
+
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+POINTED = "a git-lfs pointer, the file itself was not downloaded .git lfs pull."
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "scheduler/scheduler_config.json",
+        "controlnet/diffusion_pytorch_model.safetensors",
+        "ip_adapter/models/ip-adapter_sd15.safetensors",
+        "ip_adapter/models/image_encoder/model.safetensors",
+    ],
+)
+def test_pointer_of_git_lfs_in_a_folder_is_named(file, copy):
+    (copy / file).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"^{copy}/.*: .*{POINTED}$") as caught:
+        DiffusionPrior.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["source", "vae", "loras", "embeddings", "ip_adapter"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_pointer_of_git_lfs_given_as_a_file_is_named(option, suffix, folder, tmp_path):
+    file = tmp_path / f"x.{suffix}"
+    file.write_text(POINTER)
+    given = {"loras": [(file, 1.0)], "embeddings": [file]}.get(option, file)
+    with pytest.raises(ValueError, match=f"^{file}: {POINTED}$"):
+        DiffusionPrior.from_pretrained(**{"source": folder} | {option: given})
+
+
+NO_WEIGHTS = {
+    "page": (b"<!DOCTYPE html><html>Sign in</html>", "is a web page, not a file of weights"),
+    "zip": (b"PK\x05\x06" + bytes(18), "is damaged, or holds more than tensors and numbers"),
+    "text": (b"hello world, I am no weights at all", "is damaged, or holds more than tensors"),
+    "nothing": (b"", "is damaged, or holds more than tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+@pytest.mark.parametrize("option", ["source", "vae", "loras", "embeddings", "ip_adapter"])
+def test_file_of_no_weights_is_refused_in_one_line(kind, option, folder, tmp_path):
+    content, reason = NO_WEIGHTS[kind]
+    file = tmp_path / "x.bin"
+    file.write_bytes(content)
+    given = {"loras": [(file, 1.0)], "embeddings": [file]}.get(option, file)
+    with pytest.raises(ValueError, match=f"^{file}: {reason}") as caught:
+        DiffusionPrior.from_pretrained(**{"source": folder} | {option: given})
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def rename_variants(folder, variant, dtype):
+    for file in [*folder.glob(WEIGHTS)]:
+        if not file.name.startswith("ip-adapter"):
+            state = {key: value.to(dtype) for key, value in load_file(file).items()}
+            save_file(state, file.with_suffix(f".{variant}.safetensors"), {"format": "pt"})
+            file.unlink()
+
+
+def test_folder_of_bf16_files_only_is_loaded(prior, copy):
+    rename_variants(copy, "bf16", torch.bfloat16)
+    loaded = DiffusionPrior.from_pretrained(copy)
+    for part in ("unet", "vae", "text_encoder", "controlnet"):
+        ours, theirs = (getattr(p, part).state_dict() for p in (loaded, prior))
+        for key in ours:
+            if "_ip." not in key and not key.startswith("encoder_hid_proj"):
+                assert torch.equal(ours[key], theirs[key].bfloat16().float()), key
+
+
+@pytest.mark.parametrize("variant", ["non_ema", "ema", "fp8", "fp8_e4m3fn", "int8"])
+def test_folder_of_other_variants_only_is_refused_by_their_name(variant, copy):
+    rename_variants(copy / "unet", variant, torch.float32)
+    with pytest.raises(ValueError, match=f"^{copy}/unet: has weights of the kind {variant} only"):
+        DiffusionPrior.from_pretrained(copy)
+
+
+def test_folder_of_fp8_numbers_is_loaded(prior, copy):
+    file = copy / "unet/diffusion_pytorch_model.safetensors"
+    edit_weights(file, lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()})
+    weight = DiffusionPrior.from_pretrained(copy).unet.conv_in.weight
+    assert torch.equal(weight, prior.unet.conv_in.weight.to(torch.float8_e4m3fn).float())
+
+
+def test_hub_id_of_which_only_half_precision_is_kept_is_loaded(prior, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    home, commit = tmp_path / "models--user--sd", "0123456789" * 4
+    rename_variants(copy, "fp16", torch.float16)
+    shutil.copytree(copy, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(commit)
+    half = DiffusionPrior.from_pretrained("user/sd")
+    assert torch.equal(half.unet.conv_in.weight, prior.unet.conv_in.weight.half().float())
+    assert torch.equal(
+        half.vae.encoder.conv_in.weight, prior.vae.encoder.conv_in.weight.half().float()
+    )

@@ -1,11 +1,14 @@
 """The parts of a Stable Diffusion: what fits together, and what is refused."""
 
+import json
 import shutil
+import warnings
 
 import diffusers
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from prior_fixtures import PLUS, drop_weight, edit_json, edit_weights, replace, spoil
 from tiny_prior import build_prior
 
@@ -246,3 +249,62 @@ def test_hub_id_without_a_network_is_refused_in_one_line(folder, monkeypatch, ca
             DiffusionPrior.from_pretrained(**({"source": folder} | {kind: source}))
         assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("version", "cells", "used"),
+    [("0.6.0", 8, 64), ("0.8.1", 32, 64), ("0.9.0", 8, 8), ("0.10.2", 8, 8), ("0.6.0", 96, 96)],
+)
+def test_size_in_old_folders_is_repaired_as_in_diffusers_pipelines(
+    version, cells, used, copy, recwarn
+):
+    edit_json(copy / "unet/config.json", sample_size=cells, _diffusers_version=version)
+    prior = DiffusionPrior.from_pretrained(copy)
+    said = [str(warning.message) for warning in recwarn.list]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy, safety_checker=None)
+    assert prior.image_size == 8 * theirs.unet.config.sample_size == 8 * used
+    line = f"{copy}/unet: sample_size {cells} is a mistake of diffusers {version}; 64 is used"
+    assert [message.startswith(line) for message in said] == [True] * (used != cells)
+
+
+def rebuild(folder, cls, **changes):
+    """Write a network of a changed config with random weights in place of the folder's."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    shutil.rmtree(folder)
+    if hasattr(cls, "from_config"):
+        cls.from_config(config).save_pretrained(folder)
+    else:
+        cls(cls.config_class(**config)).save_pretrained(folder)
+
+
+KL, UNET = diffusers.AutoencoderKL, diffusers.UNet2DConditionModel
+VISION = transformers.CLIPVisionModelWithProjection
+MISFITS = {
+    "LDM3D's VAE": ("vae", KL, {"in_channels": 6, "out_channels": 6}, "6 channels and gives 6"),
+    "VAE in": ("vae", KL, {"in_channels": 1}, "1 channels and gives 3"),
+    "VAE out": ("vae", KL, {"out_channels": 4}, "3 channels and gives 4"),
+    "latents": ("vae", KL, {"latent_channels": 16}, "in_channels of its UNet.* is 4, but .* 16"),
+    "inpainting": ("unet", UNET, {"in_channels": 9}, "is an inpainting model"),
+    "depth": ("unet", UNET, {"in_channels": 5}, "is a depth model of version 2"),
+    "pix2pix": ("unet", UNET, {"in_channels": 8}, "is an InstructPix2Pix model"),
+    "learned variance": ("unet", UNET, {"out_channels": 8}, "out_channels of its UNet.* is 8"),
+    "text width": ("unet", UNET, {"cross_attention_dim": 64}, "is 64, but hidden_size .* 32"),
+    "image channels": (
+        "ip_adapter/models/image_encoder",
+        VISION,
+        {"num_channels": 4},
+        "takes images of 4 channels, not 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_parts_that_load_but_do_not_fit_are_refused_at_once(misfit, copy):
+    part, cls, changes, reason = MISFITS[misfit]
+    rebuild(copy / part, cls, **changes)
+    shutil.rmtree(copy / "controlnet")
+    with pytest.raises(ValueError, match=f"^{copy}.*{reason}") as caught:
+        DiffusionPrior.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
