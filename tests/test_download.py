@@ -13,7 +13,7 @@ from official_pickle import content_of, write_pickle
 from tiny_run import build_generator
 
 from files.generators import load_generator, save_generator
-from models import download
+from harness import download
 
 
 @pytest.fixture(autouse=True)
