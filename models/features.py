@@ -61,7 +61,14 @@ class ClipFeatures:
         """
         source = resolve_source(source)
         model_type(source, ["clip"])
-        return cls(load_network(CLIPModel, source).to(device), load_tokenizer(source))
+        model, tokenizer = load_network(CLIPModel, source), load_tokenizer(source)
+        _check_channels(source, model.config.vision_config.num_channels)
+        words = model.config.text_config.vocab_size
+        if len(tokenizer) > words:
+            raise ValueError(
+                f"{source}: the tokenizer has {len(tokenizer)} words, the text encoder {words}"
+            )
+        return cls(model.to(device), tokenizer)
 
     @property
     def depth(self) -> int:
@@ -126,6 +133,7 @@ class TokenFeatures:
         source = resolve_source(source)
         model_class = VIT_CLASSES[model_type(source, VIT_CLASSES)]
         model = load_network(model_class, source, optional=("pooler.",)).to(device)
+        _check_channels(source, model.config.num_channels)
         own_size = model.config.image_size
         given = _input_format(source, own_size)
         if model_class is ViTModel and given["size"] != own_size:  # DINOv2 adapts to any size.
@@ -184,6 +192,12 @@ def clip_preprocess(images: Tensor, size: int) -> Tensor:
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     images = images[..., top : top + size, left : left + size]  # [B, 3, size, size]
     return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+
+
+def _check_channels(source: str, channels: int) -> None:
+    """Refuse a network for anything but images of three channels."""
+    if channels != 3:
+        raise ValueError(f"{source}: takes images of {channels} channels, not 3")
 
 
 def _input_format(source: str, image_size: int) -> dict:

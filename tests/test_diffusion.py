@@ -22,7 +22,7 @@ from models.features import clip_preprocess
 # What it computes.
 
 
-def pipeline_step(folder, controlnet, depth, adapter=None):
+def pipeline_step(folder, controlnet, depth, adapter=None, pictures=None, negative=None):
     """What the UNet sees and gives in the first step of diffusers' own pipeline."""
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         folder, controlnet=controlnet, safety_checker=None
@@ -32,7 +32,7 @@ def pipeline_step(folder, controlnet, depth, adapter=None):
     if adapter:
         pipeline.load_ip_adapter(folder / "ip_adapter", subfolder="models", weight_name=adapter)
         pipeline.set_ip_adapter_scale(0.6)
-        options["ip_adapter_image"] = clip_preprocess(picture(), 32)
+        options["ip_adapter_image"] = clip_preprocess(pictures, 32)
     seen = []
     pipeline.unet.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output[0])))
     pipeline(
@@ -42,6 +42,7 @@ def pipeline_step(folder, controlnet, depth, adapter=None):
         controlnet_conditioning_scale=0.7,
         guidance_scale=7.5,
         output_type="latent",
+        negative_prompt=negative,
         **options,
     )
     latents_t, t, output = seen[0]
@@ -49,12 +50,17 @@ def pipeline_step(folder, controlnet, depth, adapter=None):
 
 
 @pytest.mark.parametrize("kind", ["prior", "plus"])
-def test_guided_noise_is_exactly_that_of_the_diffusers_pipeline(kind, folder, request):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_guided_noise_is_exactly_that_of_the_diffusers_pipeline(kind, count, folder, request):
     prior = request.getfixturevalue(kind)
     file = "ip-adapter_sd15.safetensors" if kind == "prior" else Path(PLUS).name
-    depth = torch.rand(1, 3, 64, 64)
-    latents_t, t, (nothing, given) = pipeline_step(folder, prior.controlnet, depth, file)
-    condition = prior.condition("a bronze statue", picture(), 0.6, depth_scale=0.7)
+    depth, pictures = torch.rand(1, 3, 64, 64), torch.cat([picture(i) for i in range(count)])
+    latents_t, t, (nothing, given) = pipeline_step(
+        folder, prior.controlnet, depth, file, pictures, "a clown"
+    )
+    condition = prior.condition(
+        "a bronze statue", pictures, 0.6, depth_scale=0.7, negative="a clown"
+    )
     ours = guided_noise(prior, latents_t, t, condition, 7.5, depth)
     assert torch.equal(ours, nothing + 7.5 * (given - nothing))
 
