@@ -36,13 +36,13 @@ from harness.cli import run_cli
 from harness.devices import peak_gb, pick_device
 from harness.measure import commit, count, cpu_name, stopwatch
 from harness.run_folder import locate
-from harness.store import atomic_write
-from losses import guided_noise
+from harness.store import write_text
 from models.diffusion import Condition, DiffusionPrior, depth_condition
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 from models.full_size import random_clip, random_prior, random_vit
 from models.generator import Generator
+from models.noise import guided_noise
 
 PROMPT = "a bronze statue"
 TOKENIZER = locate("checkpoints/puppets/clip")  # The one at hand.
@@ -132,9 +132,9 @@ def write(report: dict, cfg: Config) -> None:
     """Write what has been measured to the files asked for."""
     if cfg.json:
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        atomic_write(cfg.json, lambda file: file.write(text.encode()))
+        write_text(cfg.json, text)
     if cfg.out:
-        atomic_write(cfg.out, lambda file: file.write(markdown(report).encode()))
+        write_text(cfg.out, markdown(report))
 
 
 def check_options(cfg: Config) -> None:

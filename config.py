@@ -20,9 +20,8 @@ from PIL import Image
 from tyro.constructors import PrimitiveConstructorSpec
 
 from harness.cli import merge_repeats, parse_options
-from harness.download import HUB_ID
 from harness.pictures import read_picture, read_pictures
-from harness.run_folder import check_folder, check_run, locate, portable
+from harness.run_folder import check_folder, check_run, check_source, portable
 
 # Options that name a file, a folder, a hub id or a URL.
 SOURCES = ("generator", "diffusion", "controlnet", "ip_adapter", "vae", "features", "clip")
@@ -96,7 +95,7 @@ class Weights:
     perceptual: Weight = 0.0  # StyleGAN-Fusion's LPIPS-type distance to the source.
     distance: Weight = 0.0  # DiffusionGAN3D's relative distance (L_dis).
     keep: Weight = 0.0  # DiffusionGAN3D's reconstruction outside the region of an edit (L_diff).
-    clip_direction: Weight = 0.0  # StyleGAN-NADA's CLIP direction.
+    clip_direction: Weight = 0.0  # StyleGAN-NADA's direction in CLIP's space.
     target: Weight = 0.0  # 3D-Adapter's target distribution, from --image.
     structure: Weight = 0.0  # 3D-Adapter's structure of images.
     feature_structure: Weight = 0.0  # 3D-Adapter's structure of features, before super-resolution.
@@ -332,7 +331,7 @@ def _defaults(
     return plain | row | computed
 
 
-def parse(argv: Sequence[str], description: str) -> Config:
+def parse(argv: Sequence[str], description: str | None) -> Config:
     """Read the options of a command line, and refuse what cannot work.
 
     The base and method set the defaults of all others, so they are read first: --help shows the
@@ -347,7 +346,8 @@ def parse(argv: Sequence[str], description: str) -> Config:
     names = ("base", "method", "prompt", "edit", "image")
     default = Config(**{name: getattr(read, name) for name in names})
     cfg = parse_options(Config, argv, description, default)
-    check(cfg)
+    if "RANK" not in os.environ:  # Processes of one launch refuse together, once they have met.
+        check(cfg)
     return cfg
 
 
@@ -421,18 +421,11 @@ def _check_weights(cfg: Config) -> None:
 
 
 def _check_sources(cfg: Config) -> None:
-    """Refuse a path at which nothing is; hub ids and URLs are looked up when they are loaded."""
-    given = [(name, getattr(cfg, name)) for name in SOURCES]
+    """Refuse paths at which nothing is."""
+    given = [(name, getattr(cfg, name)) for name in SOURCES if getattr(cfg, name)]
     given += [("lora", file) for file, _ in cfg.lora] + [("embedding", f) for f in cfg.embedding]
     for name, source in given:
-        if not source or os.path.exists(locate(source)):
-            continue
-        # In a folder that exists here, a missing file is a slip and no hub id.
-        elsewhere = re.match(rf"https?://|{HUB_ID}(/|$)", source, re.IGNORECASE)
-        if not elsewhere or os.path.isdir(os.path.dirname(locate(source))):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {source[:300]}: no such file or folder, and no hub id"
-            )
+        check_source(f"--{name.replace('_', '-')}", source)
 
 
 def references(cfg: Config) -> list[Image.Image]:

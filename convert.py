@@ -10,11 +10,8 @@ half of that. Scripts read both kinds of files alike.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from files.generators import load_generator, save_generator
-from harness.cli import run_cli
-from harness.run_folder import check_folder, make_folder
+from harness.cli import exit_codes, read_options
+from harness.run_folder import check_folder, check_source, make_folder
 
 
 @dataclass
@@ -26,21 +23,39 @@ class Config:
     half: bool = False  # Whether weights are rounded to half precision.
 
 
+def check(cfg: Config) -> None:
+    """Refuse options that cannot be used.
+
+    Raises:
+        ValueError: naming the flag and the path.
+    """
+    if cfg.out.suffix != ".safetensors" or cfg.out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .safetensors, got {cfg.out}")
+    check_folder(cfg.out.absolute().parent)
+    check_source("--generator", cfg.generator)
+
+
+if __name__ == "__main__":
+    CFG = read_options(Config, __doc__, check)
+
+import torch
+
+from files.generators import load_generator, save_generator
+
+
 def main(cfg: Config) -> None:
     """Convert a generator.
 
     Raises:
         ValueError: it cannot be read, or the result not be written.
     """
-    if cfg.out.suffix != ".safetensors" or cfg.out.is_dir():
-        raise ValueError(f"--out must be a file that ends in .safetensors, got {cfg.out}")
-    folder = cfg.out.absolute().parent
-    check_folder(folder)
+    check(cfg)
     G = load_generator(cfg.generator)
-    make_folder(folder)
+    make_folder(cfg.out.absolute().parent)
     save_generator(G, cfg.out, torch.float16 if cfg.half else torch.float32)
     print(f"{cfg.out} written, {cfg.out.stat().st_size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    with exit_codes():
+        main(CFG)

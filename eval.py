@@ -23,22 +23,17 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-import metrics
-from harness.cli import run_cli
-from harness.devices import pick_device
-from harness.pictures import read_picture, to_image
-from harness.run_folder import check_folder, locate, make_folder, read_settings, sole_writer
-from harness.store import atomic_write
-from harness.tables import Log, Row, csv_table, markdown_table, plot_bars, plot_steps
-from models.eg3d import TriPlaneGenerator
-from models.features import ClipFeatures
-from models.fingerprints import fingerprint_generator
-from render import load_run
+from harness.cli import exit_codes, read_options
+from harness.pictures import find_pictures
+from harness.run_folder import (
+    FREE_TO_CHANGE,
+    check_folder,
+    locate,
+    make_folder,
+    read_log,
+    read_settings,
+    sole_writer,
+)
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
@@ -47,11 +42,12 @@ VERSION = 2  # Of what a score means; rows of other versions are scored again.
 # Read besides those of run_folder.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
-NOT_COMPARED = {"seed", "out", "device", "save_every", "grid_every"} | {
-    *("micro_batch", "low_memory", "compile"),
-}
+NOT_COMPARED = FREE_TO_CHANGE | {"seed"} - {"image"}
 RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
-PICTURE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ADDITIVE = ("ckpt",)  # Given twice, both count.
+
+Row = dict[str, float | int | str]  # One run's settings and scores, by name.
+Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 @dataclass
@@ -67,6 +63,107 @@ class Config:
     seed: int = 1_000_000  # Of the latents and cameras; training runs use small seeds.
     batch: int = 32  # Pictures that CLIP reads at once; no score depends on it.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
+
+
+def check(cfg: Config) -> None:
+    """Refuse options that cannot be used.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not cfg.ckpt or not FEWEST <= cfg.samples <= MOST or cfg.batch < 1:
+        raise ValueError(
+            f"--ckpt must name a run, --samples be {FEWEST} to {MOST} and --batch at least 1, "
+            f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
+        )
+    if not 0 <= cfg.seed < 2**62:
+        raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
+    check_folder(cfg.out.absolute().parent)
+    if cfg.real is not None:
+        if find_spec("torchmetrics") is None:
+            raise ValueError("--real needs torchmetrics: pip install torchmetrics")
+        if len(found := pictures(cfg.real)) < FEWEST:
+            raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
+    read_rows(cfg.out)
+    for ckpt in cfg.ckpt:
+        run_settings(ckpt)
+
+
+def pictures(folder: Path) -> Pictures:
+    """Return the pictures of a folder and its subfolders, by name.
+
+    Raises:
+        ValueError: there is no such folder, or it may not be read.
+    """
+    try:
+        return tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in find_pictures(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--real {error}") from error
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the rows that an earlier call wrote, by run; none if there is no such file.
+
+    Raises:
+        ValueError: the file is a folder, or another program's.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out {path} cannot be read ({error})") from error
+    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
+        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
+    return rows
+
+
+def _is_row(row: object) -> bool:
+    """Tell whether tables can be made of what stands where a row should."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(value, (int, float, str)) for value in row.values())
+        and all(isinstance(row.get(name), str) for name in ("method", "target"))
+        and ("run_seed" in row or "config" not in row)  # Seeds of one config are one row.
+    )
+
+
+def run_settings(ckpt: Path) -> dict:
+    """Return the settings of a run that can be scored.
+
+    Raises:
+        ValueError: the path is no run folder, or the run has no result yet.
+    """
+    if not ckpt.is_dir():
+        raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
+    settings = read_settings(ckpt)
+    for name, types in SETTINGS.items():
+        if not isinstance(settings.get(name), types):
+            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
+    if not (settings["prompt"] or settings["image"]):
+        raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
+    if not (ckpt / "generator.safetensors").exists():
+        raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
+    return settings
+
+
+if __name__ == "__main__":
+    CFG = read_options(Config, __doc__, check, ADDITIVE)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import metrics
+from harness.devices import pick_device
+from harness.pictures import read_picture, to_image
+from harness.store import write_text
+from harness.tables import csv_table, markdown_table, plot_bars, plot_steps
+from models.eg3d import TriPlaneGenerator
+from models.features import ClipFeatures
+from models.fingerprints import fingerprint_generator
+from render import load_run
 
 
 @dataclass(frozen=True)
@@ -100,7 +197,6 @@ class Source:
 
 
 Sources = dict[tuple, Source]  # By what they hang on.
-Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
 def main(cfg: Config) -> None:
@@ -109,10 +205,7 @@ def main(cfg: Config) -> None:
     Raises:
         ValueError: an option cannot be used, or a folder is no run; nothing has been scored.
     """
-    check_options(cfg)
-    read_rows(cfg.out)
-    for ckpt in cfg.ckpt:
-        run_settings(ckpt)
+    check(cfg)
     device = pick_device(cfg.device)
     if cfg.quick:
         cfg = replace(cfg, samples=min(cfg.samples, QUICK))
@@ -129,40 +222,6 @@ def main(cfg: Config) -> None:
     report(cfg.out, cfg.ckpt)
 
 
-def check_options(cfg: Config) -> None:
-    """Refuse options that cannot be used.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if not cfg.ckpt or not FEWEST <= cfg.samples <= MOST or cfg.batch < 1:
-        raise ValueError(
-            f"--ckpt must name a run, --samples be {FEWEST} to {MOST} and --batch at least 1, "
-            f"got {len(cfg.ckpt)} runs, {cfg.samples}, {cfg.batch}"
-        )
-    if not 0 <= cfg.seed < 2**62:
-        raise ValueError(f"--seed must be in 0 to 2^62, got {cfg.seed}")
-    check_folder(cfg.out.absolute().parent)
-    if cfg.real is not None:
-        if find_spec("torchmetrics") is None:
-            raise ValueError("--real needs torchmetrics: pip install torchmetrics")
-        if len(found := pictures(cfg.real)) < FEWEST:
-            raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
-
-
-def pictures(folder: Path) -> Pictures:
-    """Return the pictures of a folder, by name.
-
-    Raises:
-        ValueError: there is no such folder, or it may not be read.
-    """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_FILES)
-        return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    except OSError as error:
-        raise ValueError(f"--real {folder}: {error.strerror}") from error
-
-
 def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     """Return a checksum of all that a run's scores follow from."""
     real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
@@ -170,33 +229,6 @@ def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     for path in (ckpt / name for name in RUN_FILES):
         crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
     return f"crc32 {crc:08x}"
-
-
-def read_rows(path: Path) -> dict[str, Row]:
-    """Return the rows that an earlier call wrote, by run; none if there is no such file.
-
-    Raises:
-        ValueError: the file is a folder, or another program's.
-    """
-    if not path.exists():
-        return {}
-    try:
-        rows = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out {path} cannot be read ({error})") from error
-    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
-        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
-    return rows
-
-
-def _is_row(row: object) -> bool:
-    """Tell whether tables can be made of what stands where a row should."""
-    return (
-        isinstance(row, dict)
-        and all(isinstance(value, (int, float, str)) for value in row.values())
-        and all(isinstance(row.get(name), str) for name in ("method", "target"))
-        and ("run_seed" in row) >= ("config" in row)
-    )
 
 
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
@@ -210,33 +242,9 @@ def add_row(path: Path, run: str, row: Row) -> None:
         write_rows(path, read_rows(path) | {run: row})
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text, completely or not at all."""
-    atomic_write(path, lambda file: file.write(text.encode()))
-
-
 def beside(out: Path, name: str) -> Path:
     """Return the file of this name that belongs to --out."""
     return out.with_name(f"{out.stem}-{name}")
-
-
-def run_settings(ckpt: Path) -> dict:
-    """Return the settings of a run that can be scored.
-
-    Raises:
-        ValueError: the path is no run folder, or the run has no result yet.
-    """
-    if not ckpt.is_dir():
-        raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
-    settings = read_settings(ckpt)
-    for name, types in SETTINGS.items():
-        if not isinstance(settings.get(name), types):
-            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
-    if not (settings["prompt"] or settings["image"]):
-        raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
-    if not (ckpt / "generator.safetensors").exists():
-        raise ValueError(f"--ckpt {ckpt} holds no generator.safetensors yet")
-    return settings
 
 
 def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -> Row:
@@ -258,7 +266,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = load_clip(locate(settings["clip"]), device)
-    real = embed_pictures(clip, pictures(cfg.real), cfg.batch) if cfg.real else None  # [K, D]
+    real = embed_pictures(clip, cfg)  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
@@ -266,7 +274,9 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     row |= {"weights": fingerprint_generator(G), "steps": settings["steps"]}
     row |= {"run_seed": settings["seed"], "config": fingerprint_settings(settings)}
     row |= {"samples": cfg.samples, "seed": cfg.seed, "trunc": settings["trunc"]}
-    row |= {"inputs": inputs} | ({"real": str(cfg.real)} if cfg.real else {})
+    row |= {"inputs": inputs}
+    if real is not None:
+        row |= {"real": str(cfg.real), "real_pictures": len(real)}
     try:
         row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg, real)
         row |= likeness(clip, source, adapted, cfg)
@@ -298,29 +308,13 @@ def cost(ckpt: Path) -> dict[str, float]:
     Raises:
         ValueError: the log is another program's.
     """
-    log = read_log(ckpt)
+    log = read_log(ckpt)  # Whole rows only.
     if not log:
         return {}
     seconds = sum(entry["seconds"] for entry in log)
     row = {"step_seconds": seconds / len(log), "total_minutes": seconds / 60}
     peaks = [entry["peak_gb"] for entry in log if "peak_gb" in entry]
     return row | ({"peak_gb": max(peaks)} if peaks else {})
-
-
-def read_log(ckpt: Path) -> Log:
-    """Return the whole rows of a run's log.jsonl; none without a log.
-
-    Raises:
-        ValueError: the log is another program's.
-    """
-    path = ckpt / "log.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        log = [json.loads(line) for line in lines if line.endswith("\n")]
-        sum(entry["step"] + entry["seconds"] + entry.get("peak_gb", 0) for entry in log)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} was not written by train.py ({error})") from error
-    return log
 
 
 def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
@@ -379,15 +373,32 @@ def load_clip(source: str, device: torch.device) -> ClipFeatures:
 
 
 @functools.lru_cache(maxsize=1)
-def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
-    """Return CLIP's unit embeddings of picture files, [K, D]."""
+def embed_pictures(clip: ClipFeatures, cfg: Config) -> Tensor | None:
+    """Return CLIP's unit embeddings of the pictures of --real, [K, D]; None without the option.
+
+    Says how many were found and used; those that cannot be read are named and left out.
+
+    Raises:
+        ValueError: too few can be read.
+    """
+    if cfg.real is None:
+        return None
     size = clip.model.config.vision_config.image_size
-    parts = []
-    for i in tqdm(range(0, len(files), batch), desc="real", unit="batch", leave=False):
-        squares = [to_image(read_picture(path)) for path, *_ in files[i : i + batch]]
-        images = [F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in squares]
+    files, parts, failed = pictures(cfg.real), [], []
+    for path, *_ in tqdm(files, desc="real", unit="picture", leave=False):
+        try:
+            square = to_image(read_picture(path))
+        except ValueError:
+            failed.append(path.name)
+            continue
+        image = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
         with torch.no_grad():
-            parts.append(clip.images(torch.cat(images).to(clip.model.device)).cpu())
+            parts.append(clip.images(image.to(clip.model.device)).cpu())
+    left_out = f"; cannot be read: {', '.join(failed)}" if failed else ""
+    said = f"--real {cfg.real}: {len(files)} pictures found, {len(parts)} used{left_out}"
+    if len(parts) < FEWEST:
+        raise ValueError(f"{said}; {FEWEST} are the least")
+    tqdm.write(said, file=sys.stderr)
     return torch.cat(parts)
 
 
@@ -525,4 +536,5 @@ def report(out: Path, ckpts: tuple[Path, ...]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    with exit_codes():
+        main(CFG)

@@ -9,88 +9,18 @@ CLIP, unit length. `_src` is the source generator's. Frozen networks never recei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.noise import NoisePredictor, add_noise, guided_noise, noise_pair, signal
+
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
 ROUNDING = 1e-4  # Of ratios of squared distances.
-
-
-class NoisePredictor(Protocol):
-    """What a loss needs of a frozen diffusion model (see models/diffusion.py)."""
-
-    alphas_cumprod: Tensor  # [T]
-
-    def predict_noise(
-        self,
-        latents_t: Tensor,
-        t: Tensor,
-        text: Tensor,
-        depth: Tensor | None,
-        image_embeds: Tensor | None,
-        image_scale: float,
-        depth_scale: float,
-    ) -> Tensor:
-        """Return eps_hat [N, 4, h, w], without gradients."""
-
-
-@torch.no_grad()
-def guided_noise(
-    prior: NoisePredictor,
-    latents_t: Tensor,
-    t: Tensor,
-    condition: Condition,
-    guidance: float,
-    depth: Tensor | None = None,
-) -> Tensor:
-    """Predict noise with classifier-free guidance (arXiv:2207.12598, Eq. 6, in diffusers' form).
-
-    eps_hat = eps(nothing) + guidance * (eps(condition) - eps(nothing)), both from one batch.
-    "Nothing" drops text and pictures together; the depth is given to both.
-
-    Args:
-        latents_t: Noisy latents, [B, 4, h, w].
-        guidance: 1 is the conditional prediction, 0 the unconditional one.
-
-    Returns:
-        eps_hat, [B, 4, h, w].
-    """
-    eps_nothing, eps_condition = noise_pair(prior, latents_t, t, condition, depth)
-    return eps_nothing + guidance * (eps_condition - eps_nothing)
-
-
-@torch.no_grad()
-def noise_pair(
-    prior: NoisePredictor,
-    latents_t: Tensor,
-    t: Tensor,
-    condition: Condition,
-    depth: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Predict noise for both halves of a condition in one batch, [B, 4, h, w] each."""
-    b = len(latents_t)
-    embeds = condition.image_embeds
-    eps = prior.predict_noise(
-        latents_t.repeat(2, 1, 1, 1),
-        t.repeat(2),
-        condition.text.repeat_interleave(b, 0),  # [2B, L, D]
-        None if depth is None else depth.repeat(2, 1, 1, 1),
-        None if embeds is None else embeds.repeat_interleave(b, 0),
-        condition.image_scale,
-        condition.depth_scale,
-    )  # [2B, 4, h, w]
-    return eps.chunk(2)
-
-
-def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Return sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise."""
-    abar = _abar(prior, t)
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
 def dsds_loss(
@@ -138,7 +68,7 @@ def dsds_loss(
             _check_shape("depth", depth, (b, 3, None, None))
         eps_hat = guided_noise(prior, latents_t, t, condition, guidance, depth)
         baseline = noise if baseline is None else baseline
-        grad = (1 - _abar(prior, t)) * (eps_hat - baseline)  # [B, 4, h, w]
+        grad = (1 - signal(prior, t)) * (eps_hat - baseline)  # [B, 4, h, w]
         if mask is not None:
             _check_shape("mask", mask, (b, 1, None, None))
             grad = F.adaptive_avg_pool2d(mask.to(grad.dtype), (h, w)) * grad
@@ -283,7 +213,7 @@ def score_reconstruction_loss(
     leads back to: r points along latents_src - latents_0.
     """
     with torch.no_grad():
-        abar, latents_t = _abar(prior, t), add_noise(prior, latents, t, noise)
+        abar, latents_t = signal(prior, t), add_noise(prior, latents, t, noise)
         eps_hat = guided_noise(prior, latents_t, t, condition, guidance)
         latents_0 = (latents_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
         grad = _fusion_gradient(prior, t, _unit(eps_hat) - _unit(latents_src - latents_0))
@@ -438,11 +368,6 @@ def coarse_to_fine(
     return tuple((1 - progress) * a / sum(first) + progress * b / sum(last) for a, b in levels)
 
 
-def _abar(prior: NoisePredictor, t: Tensor) -> Tensor:
-    """Return abar_t as [B, 1, 1, 1]."""
-    return prior.alphas_cumprod[t].view(-1, 1, 1, 1)
-
-
 def _carrier(latents: Tensor, grad: Tensor) -> Tensor:
     """Return values [B] whose gradient w.r.t. `latents` is `grad`: half its square."""
     target = (latents - grad).detach()
@@ -456,7 +381,7 @@ def _unit(noise: Tensor) -> Tensor:
 
 def _fusion_gradient(prior: NoisePredictor, t: Tensor, difference: Tensor) -> Tensor:
     """Weigh, scale and clamp as StyleGAN-Fusion does for EG3D."""
-    return ((1 - _abar(prior, t)) * difference / 100).clamp(-1, 1)
+    return ((1 - signal(prior, t)) * difference / 100).clamp(-1, 1)
 
 
 def _square_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -16,26 +16,14 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, pi
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from harness.cli import exit_codes, read_options
+from harness.run_folder import check_folder, check_source, locate, make_folder, read_settings
 
-from files.generators import load_generator
-from harness.cli import run_cli
-from harness.devices import pick_device
-from harness.pictures import image_grid, save_image, save_video
-from harness.run_folder import check_folder, locate, make_folder, read_settings
-from models.eg3d import TriPlaneGenerator
-from models.fingerprints import fingerprint_generator
-from models.mesh import extract_mesh, save_mesh
-
-VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
-PITCH = -0.2
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
 MOST_FRAMES = 360  # Pillow wants them all before it encodes: 0.6 GB for pairs of 512 px.
 VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
@@ -56,13 +44,13 @@ class Config:
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
 
-def main(cfg: Config) -> None:
-    """Render what the module docstring lists.
+def check(cfg: Config) -> None:
+    """Refuse options that cannot be used.
 
     Raises:
-        ValueError: an option cannot be used; nothing has been written.
+        ValueError: naming the flag, the rule and the value.
     """
-    seeds = parse_range(cfg.seeds)
+    parse_range(cfg.seeds)
     if not isfinite(cfg.trunc):
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
     for flag, value, (least, most) in (
@@ -74,23 +62,73 @@ def main(cfg: Config) -> None:
     if cfg.mesh and importlib.util.find_spec("skimage") is None:
         raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
+    check_source("--ckpt", cfg.ckpt)
+
+
+def parse_range(text: str) -> list[int]:
+    """Return the seeds of a list such as 0-7,12; the ends of a range are included.
+
+    Raises:
+        ValueError: the text is no such list.
+    """
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
+        if not match:
+            raise ValueError(f"--seeds must look like 0-7,12, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last - first >= MOST_SEEDS:
+            raise ValueError(f"--seeds {part} must rise, by less than {MOST_SEEDS}")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+if __name__ == "__main__":
+    CFG = read_options(Config, __doc__, check)
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from files.generators import load_generator
+from harness.devices import pick_device
+from harness.pictures import image_grid, save_image, save_video
+from models.eg3d import TriPlaneGenerator
+from models.fingerprints import fingerprint_generator
+from models.generator import Generator, Outputs
+from models.mesh import extract_mesh, save_mesh
+
+VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
+PITCH = -0.2
+
+
+def main(cfg: Config) -> None:
+    """Render what the module docstring lists.
+
+    Raises:
+        ValueError: an option cannot be used; nothing has been written.
+    """
+    check(cfg)
+    seeds = parse_range(cfg.seeds)
     G, G_src, _ = load_run(cfg.ckpt, pick_device(cfg.device))
     make_folder(cfg.out)
     networks = [G] if G_src is None else [G_src, G]
 
     for seed in tqdm(seeds, unit="seed"):
-        views = render(G, seed, VIEWS, cfg.trunc)
-        save_image(image_grid([views["image"]]), cfg.out / f"seed{seed:04d}.png")
+        subjects = [seed_to_subject(network, seed, cfg.trunc) for network in networks]
+        stills = views(subjects[-1], VIEWS)
+        save_image(image_grid([stills["image"]]), cfg.out / f"seed{seed:04d}.png")
         if cfg.depth:
-            depth = depth_images(views["image_depth"], views["mask"])
+            depth = depth_images(stills["image_depth"], stills["mask"])
             save_image(image_grid([depth]), cfg.out / f"seed{seed:04d}_depth.png")
         if cfg.orbit:
-            turns = [orbit(network, seed, cfg.orbit, cfg.trunc) for network in networks]
+            turns = [orbit(subject, cfg.orbit) for subject in subjects]
             frames = [image_grid([torch.cat(pair)]) for pair in zip(*turns, strict=True)]
             save_video(frames, cfg.out / f"seed{seed:04d}.webp")
         if cfg.mesh:
             torch.manual_seed(seed)
-            mesh = extract_mesh(G, seed_to_ws(G, seed, cfg.trunc), cfg.mesh)
+            mesh = extract_mesh(G, subjects[-1].ws, cfg.mesh)
             if mesh is None:
                 tqdm.write(f"warning: no mesh of seed {seed}: nothing to see", file=sys.stderr)
             else:
@@ -136,52 +174,67 @@ def seed_to_z(seed: int, z_dim: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)).float()
 
 
-def seed_to_ws(G: TriPlaneGenerator, seed: int, trunc: float = 1.0) -> Tensor:
+@dataclass(frozen=True)
+class Subject:
+    """One sample of a generator, which looks the same whenever it is seen."""
+
+    G: Generator
+    ws: Tensor  # [1, num_ws, w_dim].
+    planes: Tensor | None = None  # Of its own, or cached to be seen often; None: those of ws.
+    seed: int = 0  # Fixes the jitter of the ray samples: frames with their own would flicker.
+
+    @torch.no_grad()
+    def see(self, c: Tensor, **options: Any) -> Outputs:
+        """Render from K cameras c [K, 25]; options as in `G.synthesis`.
+
+        Returns:
+            What `G.synthesis` does: image [K, 3, R, R] in [-1, 1], image_depth, ...
+        """
+        torch.manual_seed(self.seed)
+        return self.G.synthesis(self.ws, c[None].to(self.ws.device), planes=self.planes, **options)
+
+
+def seed_to_ws(G: Generator, seed: int, trunc: float = 1.0) -> Tensor:
     """Return the style codes [1, num_ws, w_dim] of a seed, conditioned on the frontal camera."""
-    device = G.backbone.mapping.w_avg.device
+    device = next(iter(G.parameters())).device
     z, c = seed_to_z(seed, G.z_dim).to(device), G.cameras.frontal().to(device)
     return G.mapping(z, c, truncation_psi=trunc)
 
 
 @torch.no_grad()
-def render(
-    G: TriPlaneGenerator, seed: int, yaws: tuple[float, ...], trunc: float = 1.0
-) -> dict[str, Tensor]:
-    """Render one head from several sides; a seed always gives the same pictures.
+def seed_to_subject(G: Generator, seed: int, trunc: float = 1.0) -> Subject:
+    """Return what a generator makes of a seed."""
+    return Subject(G, seed_to_ws(G, seed, trunc), seed=seed)
+
+
+def views(subject: Subject, yaws: tuple[float, ...]) -> Outputs:
+    """Render a subject from several sides.
 
     Args:
-        yaws: K turns of the camera about the head, radians (see `cameras.orbit`).
-        trunc: Truncation psi.
-
-    Returns:
-        What `G.synthesis` does, for K cameras: image [K, 3, R, R] in [-1, 1], image_depth, ...
+        yaws: K turns of the camera about it, radians (see `cameras.orbit`).
     """
-    ws = seed_to_ws(G, seed, trunc)
-    c = G.cameras.label(torch.tensor(yaws), torch.full((len(yaws),), PITCH))  # [K, 25]
-    torch.manual_seed(seed)  # The jitter of the ray samples.
-    return G.synthesis(ws, c[None].to(ws.device))
+    return subject.see(subject.G.cameras.label(torch.tensor(yaws), torch.full((len(yaws),), PITCH)))
 
 
-def portraits(G: TriPlaneGenerator, seeds: list[int], trunc: float = 1.0) -> Tensor:
+def portraits(G: Generator, seeds: list[int], trunc: float = 1.0) -> Tensor:
     """Render each seed once, turning from column to column, [N, 3, R, R] in [-1, 1]."""
     pictures = [
-        render(G, seed, (VIEWS[i % len(VIEWS)],), trunc)["image"] for i, seed in enumerate(seeds)
+        views(seed_to_subject(G, seed, trunc), (VIEWS[i % len(VIEWS)],))["image"]
+        for i, seed in enumerate(seeds)
     ]
     return torch.cat(pictures)
 
 
 @torch.no_grad()
-def orbit(G: TriPlaneGenerator, seed: int, frames: int, trunc: float = 1.0) -> Iterator[Tensor]:
-    """Yield images [1, 3, R, R] of one head that turns once around `cameras.rim`.
+def orbit(subject: Subject, frames: int) -> Iterator[Tensor]:
+    """Yield images [1, 3, R, R] of a subject that turns once around `cameras.rim`.
 
     As in EG3D's videos rays have twice the samples of stills, else grazing surfaces have holes.
     """
-    ws = seed_to_ws(G, seed, trunc)
-    planes = G.planes(ws)
+    subject = replace(subject, planes=subject.G.planes(subject.ws))
     angles = torch.arange(frames) * (2 * pi / frames)
-    for c in G.cameras.rim(angles).to(ws.device).split(1):
-        torch.manual_seed(seed)  # Frames with their own jitter of the ray samples would flicker.
-        yield G.synthesis(ws, c, planes=planes, sample_mult=2)["image"]
+    for c in subject.G.cameras.rim(angles).split(1):
+        yield subject.see(c, sample_mult=2)["image"]
 
 
 def depth_images(depth: Tensor, mask: Tensor) -> Tensor:
@@ -200,23 +253,6 @@ def depth_images(depth: Tensor, mask: Tensor) -> Tensor:
     return (brightness * 2 - 1).expand(-1, 3, -1, -1)
 
 
-def parse_range(text: str) -> list[int]:
-    """Return the seeds of a list such as 0-7,12; the ends of a range are included.
-
-    Raises:
-        ValueError: the text is no such list.
-    """
-    seeds = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part, re.ASCII)
-        if not match:
-            raise ValueError(f"--seeds must look like 0-7,12, got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last - first >= MOST_SEEDS:
-            raise ValueError(f"--seeds {part} must rise, by less than {MOST_SEEDS}")
-        seeds += range(first, last + 1)
-    return seeds
-
-
 if __name__ == "__main__":
-    run_cli(Config, main, __doc__)
+    with exit_codes():
+        main(CFG)

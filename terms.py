@@ -102,6 +102,12 @@ class Guides:
         assert self._vit is not None, "no term with a weight needs the ViT"
         return self._vit
 
+    @property
+    def pictures(self) -> Tensor:
+        """The reference pictures, of a run with --image."""
+        assert self.reference is not None, "no picture was given"
+        return self.reference
+
     @cached_property
     def condition(self) -> Condition:
         """What the prior is guided towards: the prompt, the pictures or both."""
@@ -128,7 +134,7 @@ class Guides:
         """What the log's score compares with: the prompt, else the pictures, [1, D]."""
         if self.cfg.prompt:
             return self.clip.text([self.cfg.prompt])
-        return F.normalize(self.clip.images(self.reference).mean(0, keepdim=True))
+        return F.normalize(self.clip.images(self.pictures).mean(0, keepdim=True))
 
     @cached_property
     @torch.no_grad()
@@ -146,11 +152,13 @@ class Guides:
             words = self.clip.text([self.cfg.source_prompt, self.cfg.prompt])
             directions.append(words[1:] - words[:1])
         if self.reference is not None:
-            mean = self.clip.images(self.reference).mean(0, keepdim=True)
+            mean = self.clip.images(self.pictures).mean(0, keepdim=True)
             directions.append(mean - self.mean_embedding())
         if any(direction.norm() < 1e-4 for direction in directions):
             raise ValueError("the target is the source to CLIP: there is no direction between them")
-        return F.normalize(sum(F.normalize(d, dim=1) for d in directions), dim=1)
+        return F.normalize(torch.cat([F.normalize(d, dim=1) for d in directions]).sum(0), dim=0)[
+            None
+        ]
 
     def mean_embedding(self) -> Tensor:
         """Return the mean of CLIP's embeddings of the source's samples, [1, D]."""
@@ -167,7 +175,7 @@ class Guides:
     @torch.no_grad()
     def reference_tokens(self) -> Tensor:
         """CLIP's tokens of the reference pictures, [1, n * g, g, D]."""
-        tokens = self.clip.tokens(self.reference, self.clip_layer)  # [n, g, g, D]
+        tokens = self.clip.tokens(self.pictures, self.clip_layer)  # [n, g, g, D]
         return tokens.flatten(0, 1).unsqueeze(0)
 
     def fingerprints(self) -> dict[str, str]:
@@ -421,12 +429,12 @@ def pull_back(
 
 def needed(cfg: Config) -> frozenset[str]:
     """Return what the terms with a weight need, all together."""
-    needs = [TERMS[name].needs | {VIEWS[TERMS[name].view].output} for name in cfg.weights.on()]
-    if {"prior"} <= set().union(*needs) and cfg.depth_scale:
-        needs.append({"image_depth", "mask"})
-    if cfg.mask:
-        needs.append({"mask"})
-    return frozenset().union(*needs)
+    needs: set[str] = {"mask"} if cfg.mask else set()
+    for name in cfg.weights.on():
+        needs |= TERMS[name].needs | {VIEWS[TERMS[name].view].output}
+    if "prior" in needs and cfg.depth_scale:
+        needs |= {"image_depth", "mask"}
+    return frozenset(needs)
 
 
 def check_generator(cfg: Config, G: Generator) -> None:
@@ -476,7 +484,8 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         )
     if cfg.image and prior.image_encoder is None:
         raise ValueError(f"{source} has no IP-Adapter for --image: name one with --ip-adapter")
-    if unknown := prior.unknown_words(cfg.prompt):
+    unknown = prior.unknown_words(cfg.prompt)
+    if prior.vocabulary and unknown:
         domains = prior.vocabulary.get("domains", {}).values() or prior.vocabulary["words"]
         print(
             f"warning: the prior has never seen the words {', '.join(unknown)}; "

@@ -18,7 +18,7 @@ from harness.cli import exit_codes
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds: --help and refusals come at once.
-    with exit_codes():
+    with exit_codes(alike=True):
         CFG = parse(sys.argv[1:], __doc__)
 
 import copy
@@ -26,6 +26,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -246,8 +247,8 @@ def draw_samples(
 def gather_planes(run: Run, ws: Tensor) -> Everyone:
     """Return the planes of all samples of a step, which the processes share out."""
     own = ws[ranks.share(len(ws))]
-    planes = run.G.planes(own, force_fp32=True), run.G_src.planes(own)
-    return Everyone(*map(ranks.gather, planes))
+    planes, planes_src = run.G.planes(own, force_fp32=True), run.G_src.planes(own)
+    return Everyone(ranks.gather(planes), ranks.gather(planes_src))
 
 
 def draw_times(run: Run, step: int) -> Tensor:
@@ -300,7 +301,7 @@ def learning_weights(G: Generator, pattern: str) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def update_averages(
-    averages: dict[str, Tensor], weights: dict[str, Tensor], half_life: float
+    averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], half_life: float
 ) -> None:
     """Move moving averages towards the weights; `half_life` is in steps."""
     for name, average in averages.items():

@@ -9,6 +9,7 @@ hub id or URL (harness/download.py).
 import json
 import os
 import pickle
+import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -84,6 +85,7 @@ def save_generator(
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
     _check_finite(tensors)
+    metadata["checksum"] = _checksum(metadata, tensors)
     content = _sort_header(safetensors.torch.save(tensors, metadata))
     atomic_write(path, lambda file: file.write(content))
 
@@ -150,15 +152,27 @@ def _read_generator(path: Path) -> tuple[dict, dict[str, Tensor]]:
     raise ValueError("it is neither a .safetensors, a .pkl nor a .pth")
 
 
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Return a checksum of all that a file holds, by which damage is noticed."""
+    crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(f"{name} {list(tensors[name].shape)}".encode(), crc)
+        crc = zlib.crc32(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy(), crc)
+    return f"crc32 {crc:08x}"
+
+
 def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return the header that `save_generator` wrote and the tensors, float32."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise ValueError(f"not written by this project (format is not {FORMAT})")
-        header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
         # Copied, since the generator must not depend on the file any more.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+        checksum = metadata.pop("checksum", None)  # Older files have none.
+        if checksum not in (None, _checksum(metadata, tensors)):
+            raise ValueError("it is damaged: its bytes have changed since it was written")
+        header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
         return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
 

@@ -5,6 +5,7 @@ A run folder keeps the newest two ckpt-<step>.pt.
 
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,7 +22,12 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         path: Where to; the digits in its name are the step.
         state: Nested dicts and lists of tensors, numbers and strings; `step` is in it.
     """
-    atomic_write(path, lambda file: torch.save(state, file))
+    try:
+        atomic_write(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # What torch makes of a full disk.
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(f"{path} cannot be written: {error.__context__.strerror}") from error
     for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
@@ -33,13 +39,17 @@ def load_checkpoint(folder: str | Path) -> dict | None:
     """
     for path in _checkpoints(Path(folder)):
         try:
+            with zipfile.ZipFile(path) as parts:
+                if damaged := parts.testzip():  # By the checksum of each part.
+                    raise ValueError(f"bytes of {damaged} have changed")
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not (isinstance(state, dict) and isinstance(state.get("step"), int)):
                 raise ValueError("no training state")
             return state
         # Depending on where a file is cut, torch raises OSError, EOFError, RuntimeError, ...
         except Exception as error:
-            print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"warning: {path} is damaged ({reason})", file=sys.stderr)
     return None
 
 

@@ -8,15 +8,18 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TypeVar
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import tyro
 
 Options = TypeVar("Options")
 
 
-def run_cli(config: type, main: Callable, description: str, additive: Collection[str] = ()) -> None:
+def run_cli(
+    config: type, main: Callable, description: str | None, additive: Collection[str] = ()
+) -> None:
     """Parse the command line and call `main`; what a user can mend becomes one line.
 
     Args:
@@ -30,28 +33,85 @@ def run_cli(config: type, main: Callable, description: str, additive: Collection
         main(parse_options(config, argv, description))
 
 
+def read_options(
+    config: type[Options],
+    description: str | None,
+    check: Callable[[Options], None],
+    additive: Collection[str] = (),
+) -> Options:
+    """Read the command line of a script and refuse what cannot work: one line, exit code 2.
+
+    Scripts call this before they import torch, which takes seconds. Arguments as in `run_cli`.
+    """
+    with exit_codes(alike=True):
+        # Shells leave the ~ of --out=~/x as it is; no option of these scripts is a text.
+        argv = [re.sub("(?:^|(?<==))~(?=/|$)", str(Path.home()), word) for word in sys.argv[1:]]
+        cfg = parse_options(config, merge_repeats(argv, additive), description)
+        check(cfg)
+        return cfg
+
+
 @contextmanager
-def exit_codes() -> Iterator[None]:
+def exit_codes(alike: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and an exit code, without a traceback.
 
     Exit codes: 2 for options that cannot be used, 1 for a run that failed, 130 after Ctrl+C.
+
+    Args:
+        alike: Whether all processes of a launch fail alike, so that the first speaks for all.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    out, err = Unfailing(sys.stdout), Unfailing(sys.stderr)
     try:
-        with one_voice():
+        with redirect_stdout(out), redirect_stderr(err), one_voice():
             yield
     except (ValueError, FloatingPointError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if is_first() or not alike:
+            print("error:", " ".join(str(error).split()), file=err)
         wrong = isinstance(error, ValueError) or error.args[:1] == (errno.ENAMETOOLONG,)
         sys.exit(2 if wrong else 1)
     except RuntimeError as error:  # What torch raises without memory, on any device.
         if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: out of memory (README.md says what needs less): {reason}", file=sys.stderr)
+        print(f"error: out of memory (README.md says what needs less): {reason}", file=err)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        out.flush()
+
+
+class Unfailing:
+    """A stream whose writes never fail, so that no print ends a run.
+
+    Consoles may lack a character (Windows' code pages, LANG=C), terminals and pipes may be gone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream."""
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written; a character that the stream lacks becomes its escape."""
+        with suppress(OSError, ValueError):  # UnicodeEncodeError is a ValueError.
+            return self.stream.write(text)
+        with suppress(OSError, ValueError):
+            return self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush; a pipe that nobody reads is closed for good, or Python would complain at exit."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        """Return whatever else the stream has."""
+        return getattr(self.stream, name)
 
 
 def is_first() -> bool:
@@ -70,7 +130,10 @@ def one_voice() -> Iterator[None]:
 
 
 def parse_options(
-    config: type[Options], argv: Sequence[str], description: str, default: Options | None = None
+    config: type[Options],
+    argv: Sequence[str],
+    description: str | None,
+    default: Options | None = None,
 ) -> Options:
     """Parse a command line; tyro's box about a mistake becomes one line.
 
@@ -132,7 +195,7 @@ def options_settled() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl+C and SIGTERM in a list, to be read between two steps; a second one kills."""
+    """Collect Ctrl+C, SIGTERM and SIGHUP in a list, read between two steps; a second one kills."""
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -140,7 +203,9 @@ def stop_requests() -> Iterator[list[int]]:
         signal.signal(number, before[number])
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Windows has no SIGHUP, which a closed ssh session sends.
+    numbers = {getattr(signal, f"SIG{name}", signal.SIGINT) for name in ("INT", "TERM", "HUP")}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

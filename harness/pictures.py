@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from harness.store import atomic_write
 
@@ -18,6 +21,8 @@ GRID_COLUMNS = 8
 
 
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
+MOST_REFERENCES = 64  # The IP-Adapter attends to every one of them.
+HEIF_ENDINGS = {".heic", ".heif"}
 
 
 FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
@@ -72,13 +77,61 @@ def save_video(frames: list[Image.Image], path: Path) -> None:
     atomic_write(path, lambda file: frames[0].save(file, format="WEBP", quality=90, **options))
 
 
+def find_pictures(folder: Path) -> list[Path]:
+    """Return the pictures of a folder and its subfolders, by name; hidden files are none.
+
+    Raises:
+        ValueError: there is no such folder, or it may not be read.
+    """
+    known = Image.registered_extensions().items()
+    endings = {ending for ending, kind in known if kind in Image.OPEN} | HEIF_ENDINGS
+    try:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from error
+    # macOS leaves a ._0.JPG beside each 0.JPG on foreign disks.
+    parts = {path: path.relative_to(folder).parts for path in found}
+    return [p for p in found if p.is_file() and not any(x.startswith(".") for x in parts[p])]
+
+
 def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     """Read pictures, and all pictures of folders.
 
     Raises:
-        ValueError: one is missing or no picture.
+        ValueError: one is missing or no picture, a folder holds none, or there are too many.
     """
-    return [read_picture(path) for path in paths]
+    files = []
+    for path in paths:
+        files += find_pictures(path) if os.path.isdir(path) else [path]
+        if not files or (os.path.isdir(path) and not find_pictures(path)):
+            raise ValueError(f"{path}: no pictures in it")
+    if len(files) > MOST_REFERENCES:
+        raise ValueError(f"{len(files)} reference pictures, at most {MOST_REFERENCES} are taken")
+    return [read_picture(path) for path in files]
+
+
+def to_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """Convert a picture with a colour profile of its own to sRGB; most have none.
+
+    A profile that cannot be used is left out, with a warning.
+    """
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    try:
+        mode = "RGBA" if picture.mode in ("RGBA", "LA", "PA") else "RGB"
+        if picture.mode in ("P", "PA", "1"):  # Palettes are in the profile's colours too.
+            picture = picture.convert(mode)
+        own = ImageCms.getOpenProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(
+            picture, own, ImageCms.createProfile("sRGB"), outputMode=mode
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        warnings.warn(f"{path}: its colour profile is left out ({error})", stacklevel=2)
+        return picture
+    return converted or picture
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -90,6 +143,8 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
         ValueError: the file is missing or no picture.
     """
+    if path.suffix.lower() in HEIF_ENDINGS:
+        _register_heif(path)
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -103,6 +158,7 @@ def read_picture(path: Path) -> Image.Image:
         tops = (65535,) if picture.mode.startswith("I;16") else (1, 255, 65535)
         top = next((top for top in tops if values.max() <= top), values.max())
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    picture = to_srgb(picture, path)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -110,3 +166,16 @@ def read_picture(path: Path) -> Image.Image:
     picture = picture.convert("RGB")
     side = min(*picture.size, REFERENCE_SIZE)
     return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC, centering=(0.5, 0.25))
+
+
+def _register_heif(path: Path) -> None:
+    """Let Pillow read HEIC, as phones write it.
+
+    Raises:
+        ValueError: pillow-heif is not installed.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        raise ValueError(f"{path}: HEIC needs pillow-heif: pip install pillow-heif") from error
+    register_heif_opener()

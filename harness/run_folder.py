@@ -4,8 +4,10 @@ A run folder holds config.json (what the run was made with), log.jsonl (a row pe
 grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt and generator.safetensors.
 """
 
+import getpass
 import json
 import os
+import re
 import shlex
 import tempfile
 import zlib
@@ -13,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.store import atomic_write
+from filelock import FileLock, Timeout
+
+from harness.download import HUB_ID, MIRRORS
+from harness.store import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = (
@@ -51,19 +56,15 @@ def sole_writer(path: Path, wait: bool = False) -> Iterator[None]:
     Raises:
         ValueError: another process is at work on it.
     """
+    name = f"gca3d-{zlib.crc32(os.fsencode(path.resolve())):08x}.lock"
+    folder = Path(tempfile.gettempdir(), f"gca3d-locks-{getattr(os, 'getuid', getpass.getuser)()}")
+    folder.mkdir(exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows: nobody is kept out.
-        yield
-        return
-    name = f"run-{os.getuid()}-{zlib.crc32(os.fsencode(path.resolve())):08x}.lock"
-    mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-    with open(Path(tempfile.gettempdir(), name), "w") as lock:
-        try:
-            fcntl.flock(lock, mode)  # Gone with the process, also by kill.
-        except BlockingIOError as error:
-            raise ValueError(f"--out {path}: another process is training there") from error
-        yield
+        # The system drops the lock with the process, also when that is killed.
+        with FileLock(folder / name, timeout=-1 if wait else 0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"--out {path}: another process is training there") from error
 
 
 def portable(source: str) -> str:
@@ -83,6 +84,22 @@ def locate(source: str) -> str:
     """Return the path, hub id or URL that `portable` named."""
     path = REPOSITORY / source
     return str(path) if os.path.exists(path) else source
+
+
+def check_source(flag: str, source: str) -> None:
+    """Refuse a path at which nothing is; hub ids and URLs are looked up when they are loaded.
+
+    Raises:
+        ValueError: naming the flag and the path.
+    """
+    path = locate(source)
+    if os.path.exists(path):
+        return
+    # In a folder that exists here, a missing file is a slip and no hub id.
+    elsewhere = re.match(rf"https?://|{HUB_ID}(/|$)", source, re.IGNORECASE)
+    if not elsewhere or os.path.isdir(os.path.dirname(path)):
+        hint = f". {MIRRORS}" if source.endswith(".pkl") else ""
+        raise ValueError(f"{flag} {source[:300]}: no such file or folder, and no hub id{hint}")
 
 
 def check_folder(folder: Path) -> None:
@@ -154,8 +171,10 @@ def check_run(folder: Path, settings: dict) -> None:
         found = sorted(path.name for name in RUN_FILES for path in folder.glob(name))
         if found:
             raise ValueError(f"--out {folder} is no run, and its {', '.join(found)} would be lost")
-        if folder == Path() and any(folder.iterdir()):  # As an unset shell variable means it.
-            raise ValueError("--out is the working folder, which is no run and not empty")
+        others = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+        if others:
+            some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise ValueError(f"--out {folder.absolute()} is no run and not empty: it holds {some}")
         return
     then = read_settings(folder)
     changed = [
@@ -178,7 +197,7 @@ def claim_run(folder: Path, settings: dict) -> None:
     make_folder(folder)
     remove_leftovers(folder)
     text = json.dumps(settings, indent=2) + "\n"
-    atomic_write(folder / "config.json", lambda file: file.write(text.encode()))
+    write_text(folder / "config.json", text)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -188,15 +207,27 @@ def remove_leftovers(folder: Path) -> None:
             temporary.unlink()
 
 
-def trim_log(folder: Path, step: int) -> None:
-    """Drop the rows of log.jsonl that follow a step, and what a kill left of a row."""
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's log.jsonl, without one that a kill cut off; none without a log.
+
+    Raises:
+        ValueError: the log is another program's.
+    """
     path = folder / "log.jsonl"
     try:
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        # Fails where a row has no such number.
+        sum(row["step"] + row["seconds"] + row.get("peak_gb", 0) for row in rows)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} was not written by train.py ({error})") from error
-    atomic_write(path, lambda file: file.write("".join(kept).encode()))
+    return rows
+
+
+def trim_log(folder: Path, step: int) -> None:
+    """Drop the rows of log.jsonl that follow a step, and what a kill left of a row."""
+    kept = [json.dumps(row) + "\n" for row in read_log(folder) if row["step"] <= step]
+    write_text(folder / "log.jsonl", "".join(kept))
 
 
 def grid_path(folder: Path, step: int) -> Path:

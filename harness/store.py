@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, completely or not at all."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at any moment `path` is the old content or the new, never a part.
 

@@ -47,8 +47,10 @@ def score_names(rows: Iterable[Row]) -> list[str]:
 
 def spread(values: list[float]) -> str:
     """Return the mean of some seeds' values and, of several, their standard deviation."""
-    if len(values) < 2:
-        return "".join(f"{value:.3g}" for value in values)
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
     return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}"
 
 

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,6 @@ def fingerprint(networks: Iterable[nn.Module | None], settings: object = None) -
     return f"crc32 {crc:08x}"
 
 
-def fingerprint_generator(G: nn.Module) -> str:
+def fingerprint_generator(G: Any) -> str:
     """Return a checksum of all that decides what a generator draws."""
     return fingerprint([G], [G.rendering_kwargs, G.neural_rendering_resolution])

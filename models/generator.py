@@ -36,15 +36,19 @@ class Generator(Protocol):
     @property
     def cameras(self) -> CameraSetup:
         """The cameras it was trained with."""
+        ...
 
     def mapping(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0) -> Tensor:
         """Return ws for latent codes and the camera c that conditions them."""
+        ...
 
     def planes(self, ws: Tensor, *, force_fp32: bool = False) -> Tensor:
         """Return the tri-planes of ws."""
+        ...
 
     def rays(self, c: Tensor) -> Rays:
         """Draw the rays of a render: all that is random in it, for the whole batch."""
+        ...
 
     def synthesis(
         self,
@@ -54,11 +58,19 @@ class Generator(Protocol):
         planes: Tensor | None = None,
         rays: Rays | None = None,
         force_fp32: bool = False,
+        **options: Any,
     ) -> Outputs:
         """Render ws from the cameras c; planes and rays that are given are not made again."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what may learn."""
+        ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what may learn, by name."""
+        ...
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return a parameter by name."""
+        ...

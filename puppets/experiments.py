@@ -32,7 +32,7 @@ from files.generators import load_generator
 from harness.cli import run_cli
 from harness.measure import stopwatch
 from harness.pictures import image_grid, save_image, save_video, to_uint8
-from harness.store import atomic_write
+from harness.store import write_text
 from harness.tables import Row, cell
 from models.eg3d import TriPlaneGenerator
 from puppets import oracle
@@ -40,8 +40,7 @@ from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
 from puppets.heads import Z_DIM
 from puppets.heads import render as draw_truth
-from render import PITCH, orbit
-from render import render as render_views
+from render import PITCH, orbit, seed_to_subject, views
 
 RUNS = Path("runs/experiments")
 DOCS = Path("docs")
@@ -280,7 +279,7 @@ def measure_costs() -> None:
     # In turn, so that a slow minute of the machine slows all; the first step of each is slower.
     rounds = [{m: stopwatch(step, device)[1] for m, step in steps.items()} for _ in range(8)]
     costs = {m: median(seconds[m] for seconds in rounds[1:]) for m in steps}
-    evaluation.write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
+    write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
 
 
 def draw_reference(domain: str) -> None:
@@ -306,7 +305,7 @@ def write_tables(scores: dict[str, Row]) -> None:
     lines += ["", "## Trials", "", *table_of_trials(), "", "## Commands", "", "```sh"]
     lines += [command(name, options) for name, options in plan().items() if name in scores]
     text = "\n".join([*lines, "```"]) + "\n"
-    atomic_write(DOCS / "results.md", lambda file: file.write(text.encode()))
+    write_text(DOCS / "results.md", text)
 
 
 def table_of_means(group: Group, domains: tuple[str, ...], scores: dict[str, Row]) -> list[str]:
@@ -412,7 +411,7 @@ def draw_orbit() -> None:
     networks = [load_generator(SOURCE)]
     networks += [load_generator(run) for run in runs if (run / "generator.safetensors").exists()]
     heads = [
-        zip(*(orbit(G, head, TURNING_FRAMES) for G in networks), strict=True)
+        zip(*(orbit(seed_to_subject(G, head), TURNING_FRAMES) for G in networks), strict=True)
         for head in FIGURE_SEEDS[:2]
     ]
     frames = [image_grid([torch.cat(row) for row in rows]) for rows in zip(*heads, strict=True)]
@@ -421,7 +420,7 @@ def draw_orbit() -> None:
 
 def show(G: TriPlaneGenerator) -> Tensor:
     """Render two views of each figure head, [2 N, 3, R, R]."""
-    return torch.cat([render_views(G, seed, SIDES)["image"] for seed in FIGURE_SEEDS])
+    return torch.cat([views(seed_to_subject(G, seed), SIDES)["image"] for seed in FIGURE_SEEDS])
 
 
 def show_truth(domain: str, hair: str | None = None) -> Tensor:

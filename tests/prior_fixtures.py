@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_prior import build_prior, build_sd2, build_taesd, write_lora
 
-from losses import guided_noise
 from models.diffusion import DiffusionPrior
+from models.noise import guided_noise
 
 PLUS = "ip_adapter/models/ip-adapter-plus_sd15.bin"
 WEIGHTS = "**/*.safetensors"

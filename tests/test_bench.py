@@ -4,7 +4,6 @@ import json
 from math import isfinite
 from pathlib import Path
 
-import methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from tiny_prior import build_taesd
 from tiny_run import hurry, options, run, world
 
 import bench
+import terms
 import train
 from models.diffusion import Condition
 
@@ -85,11 +85,11 @@ def test_networks_of_full_size_cost_what_stable_diffusion_does():
     cfg = bench.run_options(bench.Config(random="full"))
     full = bench.World(cfg, META, random=True)
     with META:  # Nothing is computed.
-        full.prior = bench.random_prior(cfg, META)
+        full.prior = bench.random_prior(bench.TOKENIZER, META, torch.float32)
         latents, text = torch.empty(2, 4, 64, 64), torch.empty(2, 77, 768)
         times = torch.ones(2, dtype=torch.int64)
         full.controlnet_inputs = (latents, times, text, torch.empty(2, 3, 512, 512))
-        full.batch = methods.Batch({}, times[:1], latents[:1], latents[:1], 0.5, 0, None)
+        full.now = terms.Moment(None, None, times[:1], latents[None, :1], 0.5)
         full.condition = Condition(text)
         full.images = torch.empty(1, 3, 512, 512, requires_grad=True)
     measured = {
@@ -109,7 +109,7 @@ def test_networks_of_full_size_cost_what_stable_diffusion_does():
 
 def test_the_step_is_that_of_train(tmp_path):
     logged = run(tmp_path, steps=2)["log.jsonl"]
-    cfg = train.resolve(train.Config(**options(tmp_path, steps=2)))
+    cfg = train.Config(**options(tmp_path, steps=2))
     step = bench.World(cfg, CPU).call(bench.PARTS["step"])
     assert [{"step": 1, **step()}, {"step": 2, **step()}] == logged
 
@@ -122,9 +122,9 @@ def test_the_step_is_the_sum_of_its_parts(report):
 
     assert gflop["generator"] == total("backbone", "rendering", "superresolution")
     source = ("vae", "controlnet", "unet")  # For the delta.
-    assert gflop["sds"] == total("vae_backward", "controlnet", "unet", *source)
+    assert gflop["dsds"] == total("vae_backward", "controlnet", "unet", *source)
     assert gflop["hsc"] > gflop["vit"] + gflop["vit_backward"]  # And the similarities of cells.
-    assert gflop["step"] == total("generator", "generator_backward", "sds", "hsc", "clip")
+    assert gflop["step"] == total("generator", "generator_backward", "dsds", "hsc", "clip")
 
 
 def test_the_report_is_complete(report):
@@ -144,7 +144,7 @@ def test_the_report_is_complete(report):
 def test_switches_are_compared_with_the_exact_gradient(switch, tmp_path):
     if "vae" in switch:
         switch = {"vae": str(build_taesd(tmp_path, world() / "diffusion"))}
-    bench.main(config(parts=("sds",), batch=4, json=tmp_path / "x.json", **switch))
+    bench.main(config(parts=("dsds",), batch=4, json=tmp_path / "x.json", **switch))
     gradient = json.loads((tmp_path / "x.json").read_text())["gradient"]
     assert gradient["cosine"] < 0.99999
     if "vae" not in switch:
@@ -152,13 +152,13 @@ def test_switches_are_compared_with_the_exact_gradient(switch, tmp_path):
 
 
 def test_exact_switches_leave_nothing_to_compare(tmp_path):
-    bench.main(config(parts=("sds",), low_memory=True, precision="fp32", json=tmp_path / "x.json"))
+    bench.main(config(parts=("dsds",), low_memory=True, precision="fp32", json=tmp_path / "x.json"))
     assert json.loads((tmp_path / "x.json").read_text())["gradient"] is None
 
 
 def test_one_part_loads_no_other_network(monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_prior", None)
-    bench.main(config(parts=("generator", "generator_backward"), diffusion="nowhere"))
+    monkeypatch.setattr(terms, "load_prior", None)
+    bench.main(config(parts=("generator", "generator_backward"), diffusion="no-user/no-prior"))
     assert "| generator_backward |" in capsys.readouterr().out
 
 
@@ -171,7 +171,7 @@ def test_one_part_loads_no_other_network(monkeypatch, capsys):
         ({"parts": ("generator", "magic")}, "--parts .* got magic"),
         ({"repeats": 0}, "--repeats"),
         ({"batch": 0}, "--batch"),
-        ({"micro_batch": 0}, "--micro-batch"),
+        ({"micro_batch": -1}, "--micro-batch"),
         ({"random": "full"}, "--random .* --generator"),
         ({"json": world() / "nowhere/x.json"}, "--json"),
         ({"out": world()}, "--out"),

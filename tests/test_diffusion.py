@@ -15,9 +15,10 @@ from diffusers import (
 from prior_fixtures import PLUS, edit_json, noisy, picture, predict
 from tiny_prior import build_prior, write_lora
 
-from losses import dsds_loss, guided_noise
+from losses import dsds_loss
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import clip_preprocess
+from models.noise import guided_noise
 
 # What it computes.
 

@@ -9,15 +9,14 @@ from math import asin, degrees, pi, sin, tan
 from pathlib import Path
 from types import SimpleNamespace
 
-import methods
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_run import RENDERING, build_generator, hurry, run, world
 
+import config
 import eval as evaluation
 import metrics
 import train
@@ -935,16 +934,16 @@ def test_plan_covers_every_held_out_domain_and_method():
     assert len(experiments.TABLE) >= 6 and set(HELD_OUT) <= set(experiments.TABLE)
     assert len(set(parts.domains) & set(HELD_OUT)) >= 2 and set(parts.domains) - set(HELD_OUT)
     told = {options.get("method", "gca3d") for options in runs.values()}
-    assert told == set(methods.METHODS)
+    assert told == set(config.METHODS)
     assert set(words.domains) >= set(parts.domains)  # So that the first row is there already.
     for name, options in runs.items():
         assert name.endswith(f"-s{options['seed']}")
-        train.check_options(train.resolve(train.Config(out=experiments.RUNS / name, **options)))
+        config.check(train.Config(out=experiments.RUNS / name, **options))
 
 
 def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
     costs = json.loads((REPOSITORY / "docs/costs.json").read_text())
-    assert costs.keys() == methods.METHODS.keys()
+    assert costs.keys() == config.METHODS.keys()
     for name in ("minutes", "minutes-pictures"):
         for options in experiments.GROUPS[name].rows.values():
             steps, cost = options.get("steps", 50), costs[options.get("method", "gca3d")]
@@ -955,7 +954,7 @@ def test_commands_in_the_tables_are_those_of_the_plan():
     for name, options in experiments.plan().items():
         argv = shlex.split(experiments.command(name, options))[2:]
         planned = train.Config(**{"out": experiments.RUNS / name} | options)
-        assert tyro.cli(train.Config, args=argv) == planned
+        assert config.parse(argv, "") == planned
 
 
 def test_tables_of_no_scores_and_of_rows_with_different_names(docs):

@@ -13,19 +13,18 @@ from losses import (
     dsds_loss,
     edit_mask,
     fusion_sds_loss,
-    guided_noise,
     hsc_loss,
     keep_loss,
     perceptual_loss,
     relative_distance_loss,
     score_direction_loss,
     score_reconstruction_loss,
-    sds_loss,
     source_noise,
     structure_loss,
     target_loss,
 )
 from models.diffusion import Condition
+from models.noise import guided_noise
 
 GUIDANCE = 7.5
 
@@ -50,13 +49,13 @@ def closed_form(latents, t, noise, shift=0.0):
 
 def test_sds_gradient_is_the_closed_form():
     latents, condition, t, noise = sds_inputs()
-    sds_loss(FakePrior(), latents, condition, t, noise, GUIDANCE).sum().backward()
+    dsds_loss(FakePrior(), latents, condition, t, noise, GUIDANCE).sum().backward()
     torch.testing.assert_close(latents.grad, closed_form(latents, t, noise))
 
 
 def test_sds_value_is_half_the_squared_gradient_of_each_image():
     latents, condition, t, noise = sds_inputs()
-    loss = sds_loss(FakePrior(), latents, condition, t, noise, GUIDANCE)
+    loss = dsds_loss(FakePrior(), latents, condition, t, noise, GUIDANCE)
     expected = 0.5 * closed_form(latents, t, noise).square().sum((1, 2, 3))
     torch.testing.assert_close(loss, expected)
 
@@ -79,7 +78,7 @@ def test_dsds_with_a_full_mask_is_sds_with_the_same_depth():
     latents, condition, t, noise = sds_inputs()
     depth, mask = torch.rand(3, 3, 64, 64), torch.ones(3, 1, 16, 16)
     inputs = (FakePrior(), latents, condition, t, noise, GUIDANCE)
-    torch.testing.assert_close(dsds_loss(*inputs, depth, mask), sds_loss(*inputs, depth=depth))
+    torch.testing.assert_close(dsds_loss(*inputs, depth, mask), dsds_loss(*inputs, depth=depth))
 
 
 def test_delta_compares_with_what_the_prior_sees_in_the_source():
@@ -88,7 +87,7 @@ def test_delta_compares_with_what_the_prior_sees_in_the_source():
     condition_src = Condition(torch.full_like(condition.text, 0.3))
     baseline = source_noise(FakePrior(), latents_src, condition_src, t, noise, GUIDANCE)
     inputs = (FakePrior(), latents, condition, t, noise, GUIDANCE)
-    sds_loss(*inputs, baseline=baseline).sum().backward()
+    dsds_loss(*inputs, baseline=baseline).sum().backward()
     abar = FakePrior.alphas_cumprod[t].view(-1, 1, 1, 1)
     latents_t, source_t = (
         abar.sqrt() * x + (1 - abar).sqrt() * noise for x in (latents, latents_src)
@@ -97,7 +96,7 @@ def test_delta_compares_with_what_the_prior_sees_in_the_source():
     torch.testing.assert_close(latents.grad, expected.detach())
     same = source_noise(*inputs[:1], latents.detach(), *inputs[2:])
     latents.grad = None
-    sds_loss(*inputs, baseline=same).sum().backward()
+    dsds_loss(*inputs, baseline=same).sum().backward()
     assert not latents.grad.any()  # Nothing to change in what is the source under its own words.
 
 
@@ -126,7 +125,7 @@ def test_a_step_along_the_gradient_moves_latents_towards_what_the_prior_likes():
             abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
             return (latents_t - abar.sqrt() * liked.repeat(2, 1, 1, 1)) / (1 - abar).sqrt()
 
-    sds_loss(Oracle(), latents, condition, t, noise, GUIDANCE).sum().backward()
+    dsds_loss(Oracle(), latents, condition, t, noise, GUIDANCE).sum().backward()
     stepped = latents - 0.1 * latents.grad
     assert ((stepped - liked).abs() < (latents - liked).abs()).all()
 
@@ -145,7 +144,7 @@ def test_wrong_shapes_are_named(name, change):
     latents, condition, t, noise = sds_inputs()
     inputs = {"condition": condition, "t": t, "noise": noise}
     with pytest.raises(ValueError, match=f"^{name} must be"):
-        sds_loss(FakePrior(), latents, guidance=GUIDANCE, **(inputs | change))
+        dsds_loss(FakePrior(), latents, guidance=GUIDANCE, **(inputs | change))
 
 
 def test_hsc_equals_info_nce_worked_out_by_hand():
@@ -475,7 +474,7 @@ def test_masks_of_any_type_count_alike(dtype):
 def test_times_outside_of_the_schedule_are_refused(t):
     latents, condition, _, noise = sds_inputs()
     with pytest.raises(ValueError, match="t must be steps from 0 to"):
-        sds_loss(FakePrior(), latents, condition, torch.tensor(t), noise, GUIDANCE)
+        dsds_loss(FakePrior(), latents, condition, torch.tensor(t), noise, GUIDANCE)
 
 
 @pytest.mark.parametrize("bad", [{"grids": (0, 1, 2)}, {"grids": ()}, {"temperature": 0}])

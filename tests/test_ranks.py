@@ -16,10 +16,12 @@ import pytest
 import torch
 from tiny_run import arguments, contents, hurry, run
 
+import terms
 import train
+from config import parse
 from harness import ranks
 from harness.checkpoints import load_checkpoint
-from harness.cli import run_cli
+from harness.cli import exit_codes
 from harness.run_folder import sole_writer
 
 SHORT = {"steps": 3, "batch": 4, "save_every": 1, "grid_every": 2}
@@ -68,7 +70,10 @@ def call(argv, port, fault):
         if fault:
             fault(monkeypatch)
         try:
-            run_cli(train.Config, train.main, train.__doc__)
+            with exit_codes(alike=True):
+                cfg = parse(sys.argv[1:], train.__doc__)
+            with exit_codes():
+                train.main(cfg)
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -238,7 +243,7 @@ def refuse_to_load(monkeypatch):
     def load(*_):
         raise ValueError("no such ViT here")
 
-    monkeypatch.setattr(train, "load_vit", load)
+    monkeypatch.setattr(terms, "load_vit", load)
 
 
 def test_refusal_by_one_process_is_one_line_and_leaves_nothing(launch, tmp_path):
@@ -248,7 +253,7 @@ def test_refusal_by_one_process_is_one_line_and_leaves_nothing(launch, tmp_path)
 
 
 def spoil_the_third_step(monkeypatch):
-    find, done = train.output_gradients, []
+    find, done = train.pull_back, []
 
     def spoil(*args):
         gradients, row = find(*args)
@@ -257,7 +262,7 @@ def spoil_the_third_step(monkeypatch):
             gradients["image"] *= float("nan")
         return gradients, row
 
-    monkeypatch.setattr(train, "output_gradients", spoil)
+    monkeypatch.setattr(train, "pull_back", spoil)
 
 
 def fill_the_disk(monkeypatch):

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from math import isfinite
 
-import methods
 import pytest
 import torch
 from official_pickle import content_of, write_pickle
 from safetensors import safe_open
 
 import bench
+import config
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY
@@ -77,7 +77,7 @@ def test_training_on_files_of_real_size(tmp_path):
     assert 370e6 < files["generator"].stat().st_size < 390e6
     files["diffusion"] = write_stable_diffusion(tmp_path / "sd15")
     for name, network in {
-        "features": bench.random_vit(train.Config(), torch.device("cpu")).model,
+        "features": bench.random_vit(torch.device("cpu")).model,
         "clip": bench.random_clip(torch.device("cpu")).model,
     }.items():
         files[name] = tmp_path / name
@@ -103,6 +103,6 @@ def test_training_on_files_of_real_size(tmp_path):
 
     adapted, source = load_generator(tmp_path / "run"), load_generator(files["generator"])
     moved = {n for n, w in adapted.named_parameters() if not w.equal(source.get_parameter(n))}
-    assert len(moved) == len(train.learning_weights(source, methods.WEIGHTS_LEARN[0]))
+    assert len(moved) == len(train.learning_weights(source, config.WEIGHTS_LEARN[0]))
     with safe_open(tmp_path / "run/generator.safetensors", "pt") as file:
         assert len(file.keys()) == len(G.state_dict())

@@ -13,6 +13,7 @@ from tiny_run import build_generator, hurry, run, world
 
 import render
 from files.generators import save_generator
+from harness import pictures
 
 RENDER = {"seeds": "3,5", "device": "cpu"}
 
@@ -62,8 +63,9 @@ def test_seed_looks_the_same_whatever_else_is_rendered():
 def test_several_views_equal_single_views():
     G = build_generator()
     with even_samples():  # Else the jitter of the rays differs.
-        views = render.render(G, 1, (0.4, 0.0, -0.4))["image"]
-        single = render.render(G, 1, (0.4,))["image"]
+        subject = render.seed_to_subject(G, 1)
+        views = render.views(subject, (0.4, 0.0, -0.4))["image"]
+        single = render.views(subject, (0.4,))["image"]
     assert views.shape == (3, 3, 32, 32)
     assert not torch.equal(views[0], views[1])
     torch.testing.assert_close(views[:1], single)
@@ -81,7 +83,7 @@ def backbone_passes(G, monkeypatch):
 def test_orbit_runs_the_backbone_once(monkeypatch):
     G = build_generator()
     batches = backbone_passes(G, monkeypatch)
-    frames = list(render.orbit(G, 1, 9))
+    frames = list(render.orbit(render.seed_to_subject(G, 1), 9))
     assert batches == [1]
     assert [frame.shape for frame in frames] == [(1, 3, 32, 32)] * 9
 
@@ -90,14 +92,18 @@ def test_frames_of_an_orbit_equal_single_renders():
     G = build_generator()
     ws = render.seed_to_ws(G, 3, 0.7)
     angles = torch.arange(4) * torch.pi / 2
-    for c, frame in zip(G.cameras.rim(angles).split(1), render.orbit(G, 3, 4, 0.7), strict=True):
+    for c, frame in zip(
+        G.cameras.rim(angles).split(1),
+        render.orbit(render.seed_to_subject(G, 3, 0.7), 4),
+        strict=True,
+    ):
         torch.manual_seed(3)
         assert torch.equal(frame, G.synthesis(ws, c, sample_mult=2)["image"])
 
 
 def test_orbit_closes_without_a_jump():
     with even_samples():
-        frames = torch.cat(list(render.orbit(build_generator(), 1, 32)))
+        frames = torch.cat(list(render.orbit(render.seed_to_subject(build_generator(), 1), 32)))
     steps = (frames - frames.roll(1, 0)).square().mean((1, 2, 3)).sqrt()
     assert steps.min() > 0 and steps[0] < 1.5 * steps[1:].max()
 
@@ -106,24 +112,24 @@ def test_no_variety_at_truncation_zero():
     G = build_generator()
     with even_samples():  # Else the jitter of the rays differs.
         for trunc, alike in ((0.0, True), (1.0, False)):
-            a, b = (render.render(G, seed, (0.0,), trunc) for seed in (1, 2))
+            a, b = (render.views(render.seed_to_subject(G, seed, trunc), (0.0,)) for seed in (1, 2))
             for name in ("image", "image_depth", "mask"):
                 assert torch.equal(a[name], b[name]) == alike, (name, trunc)
 
 
 def test_bytes_are_rounded_as_eg3d_does():
     images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(1, 3, 1, 5)
-    assert render.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert pictures.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_picture_and_image_are_inverse():
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
-    assert np.array_equal(render.to_uint8(render.to_image(picture))[0], np.asarray(picture))
+    assert np.array_equal(pictures.to_uint8(pictures.to_image(picture))[0], np.asarray(picture))
 
 
 def test_grid_keeps_columns_together_when_it_wraps():
     above = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 2, 2)
-    grid = np.asarray(render.image_grid([above, -above], columns=3))
+    grid = np.asarray(pictures.image_grid([above, -above], columns=3))
     assert grid.shape == (8, 6, 3)
     assert grid[::2, ::2, 0].tolist() == [[0, 64, 128], [255, 191, 128], [191, 255, 0], [64, 0, 0]]
 
@@ -158,7 +164,7 @@ def test_run_gives_a_grid_of_source_above_adapted_too(tmp_path, adapted):
     assert Image.open(tmp_path / "seed0003_depth.png").size == (36, 12)
     G, G_src, settings = render.load_run(adapted)
     rows = [render.portraits(network, [3, 5]) for network in (G_src, G)]
-    assert np.array_equal(render.image_grid(rows), Image.open(tmp_path / "grid.png"))
+    assert np.array_equal(pictures.image_grid(rows), Image.open(tmp_path / "grid.png"))
     assert settings["prompt"] == "a bronze statue"
 
 
@@ -167,8 +173,10 @@ def test_orbit_of_a_run_is_a_looping_pair(tmp_path, adapted):
     networks = render.load_run(adapted)[1::-1]  # The source first.
     with Image.open(tmp_path / "seed0003.webp") as video:
         assert (video.n_frames, video.info["loop"], video.size) == (5, 0, (64, 32))
-        for pair in zip(*(render.orbit(network, 3, 5) for network in networks), strict=True):
-            wanted = np.asarray(render.image_grid([torch.cat(pair)]), int)
+        for pair in zip(
+            *(render.orbit(render.seed_to_subject(G, 3), 5) for G in networks), strict=True
+        ):
+            wanted = np.asarray(pictures.image_grid([torch.cat(pair)]), int)
             assert np.abs(np.asarray(video.convert("RGB"), int) - wanted).mean() < 12
             assert video.info.get("duration", 33) == 33
             video.seek((video.tell() + 1) % 5)
@@ -253,7 +261,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     if mode == "CMYK":
         suffix = "tif"
     gradient(mode).save(tmp_path / f"x.{suffix}")
-    picture = render.read_picture(tmp_path / f"x.{suffix}")
+    picture = pictures.read_picture(tmp_path / f"x.{suffix}")
     assert (picture.mode, picture.size) == ("RGB", (24, 24))
     expected = gradient(mode).convert("RGB")
     assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
@@ -262,7 +270,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     pixels = (np.asarray(gradient("L"), np.uint16) * 257).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    picture = render.read_picture(tmp_path / "x.png")
+    picture = pictures.read_picture(tmp_path / "x.png")
     assert np.array_equal(np.asarray(picture)[..., 0], np.asarray(gradient("L")))
 
 
@@ -270,7 +278,7 @@ def test_transparency_becomes_white(tmp_path):
     picture = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     picture.putpixel((0, 0), (200, 0, 0, 255))
     picture.save(tmp_path / "x.png")
-    picture = render.read_picture(tmp_path / "x.png")
+    picture = pictures.read_picture(tmp_path / "x.png")
     assert picture.getpixel((0, 0)) == (200, 0, 0)
     assert picture.getpixel((5, 5)) == (255, 255, 255)
 
@@ -280,7 +288,7 @@ def test_transparent_palette_becomes_white(tmp_path):
     picture.putpalette([0, 0, 0, 0, 90, 0])
     picture.putpixel((3, 3), 0)
     picture.save(tmp_path / "x.gif", transparency=0)
-    assert render.read_picture(tmp_path / "x.gif").getpixel((3, 3)) == (255, 255, 255)
+    assert pictures.read_picture(tmp_path / "x.gif").getpixel((3, 3)) == (255, 255, 255)
 
 
 def test_exif_orientation_is_undone(tmp_path):
@@ -289,14 +297,14 @@ def test_exif_orientation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # Upside down.
     picture.save(tmp_path / "x.png", exif=exif)
-    upright = render.read_picture(tmp_path / "x.png")
+    upright = pictures.read_picture(tmp_path / "x.png")
     assert upright.getpixel((8, 2)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (700, 1), (3, 900), (1400, 1100), (512, 512)])
 def test_any_size_becomes_a_square(tmp_path, size):
     Image.new("RGB", size, "teal").save(tmp_path / "x.png")
-    picture = render.read_picture(tmp_path / "x.png")
+    picture = pictures.read_picture(tmp_path / "x.png")
     assert picture.size == (min(*size, 512),) * 2
     assert picture.getpixel((0, 0)) == (0, 128, 128)
 
@@ -305,14 +313,14 @@ def test_tall_picture_keeps_more_of_its_top(tmp_path):
     picture = Image.new("RGB", (10, 20), "black")
     picture.paste("white", (0, 0, 10, 4))
     picture.save(tmp_path / "x.png")
-    assert render.read_picture(tmp_path / "x.png").getpixel((5, 0)) == (255, 255, 255)
+    assert pictures.read_picture(tmp_path / "x.png").getpixel((5, 0)) == (255, 255, 255)
 
 
 def test_reading_what_was_read_changes_nothing(tmp_path):
     Image.effect_noise((800, 600), 50).save(tmp_path / "x.png")
-    once = render.read_picture(tmp_path / "x.png")
+    once = pictures.read_picture(tmp_path / "x.png")
     once.save(tmp_path / "y.png")
-    assert render.read_picture(tmp_path / "y.png").tobytes() == once.tobytes()
+    assert pictures.read_picture(tmp_path / "y.png").tobytes() == once.tobytes()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture at all", "cut"])
@@ -323,7 +331,7 @@ def test_unreadable_picture_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match="x.png"):
-        render.read_picture(tmp_path / "x.png")
+        pictures.read_picture(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -335,5 +343,5 @@ def test_pictures_of_many_bits_keep_their_brightness(tmp_path, mode, dtype, top)
     picture = Image.fromarray(values)
     assert picture.mode == mode
     picture.save(tmp_path / "x.tiff")
-    read = np.asarray(render.read_picture(tmp_path / "x.tiff"))
+    read = np.asarray(pictures.read_picture(tmp_path / "x.tiff"))
     assert np.allclose(read[..., 0], values / top * 255, atol=1.5)

@@ -14,6 +14,7 @@ from models.renderer import (
     RayOptions,
     box_depths,
     coarse_depths,
+    draw_rays,
     evaluate_points,
     expected_depth,
     fold_planes,
@@ -232,6 +233,12 @@ def official_render(planes, decoder, origins, directions, options):
     return (rgb + options.white_back * (1 - acc)) * 2 - 1, depth, acc
 
 
+def march(planes, decoder, origins, directions, options):
+    """Draw rays and render them."""
+    rays = draw_rays(origins, directions, options)
+    return render(planes, decoder, rays, AXES, options)
+
+
 @pytest.mark.parametrize("white_back", [False, True])
 def test_render_equals_its_oracle(white_back, monkeypatch):
     monkeypatch.setattr(renderer, "CHUNK_POINTS", 100)  # Several chunks, the last one smaller.
@@ -240,7 +247,7 @@ def test_render_equals_its_oracle(white_back, monkeypatch):
         torch.manual_seed(2)
         wanted = official_render(*inputs, options(white_back=white_back))
         torch.manual_seed(2)
-        got = render(*inputs, AXES, options(white_back=white_back))
+        got = march(*inputs, options(white_back=white_back))
     for name, a, b in zip(("features", "depth", "acc"), got, wanted, strict=True):
         torch.testing.assert_close(a.mT, b, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -256,7 +263,7 @@ def test_random_numbers_are_drawn_once_before_chunking(monkeypatch):
         torch, "rand", lambda *size, **kw: calls.append(("rand", size)) or rand(*size, **kw)
     )
     with torch.no_grad():
-        render(*scene(), AXES, options(depth_resolution_importance=5))
+        march(*scene(), options(depth_resolution_importance=5))
     assert calls[-2:] == [("rand_like", (2, 36, 6, 1)), ("rand", (72, 5))]
     assert [name for name, _ in calls].count("rand_like") == 1
 
@@ -265,16 +272,16 @@ def test_empty_rays_of_some_rows_have_the_depth_of_the_whole_batch():
     planes, decoder, origins, directions = scene()
     decoder.net[2].bias.data[0] = -1e4
     torch.manual_seed(2)
-    wanted = render(planes, decoder, origins, directions, AXES, options())[1]
+    rays = draw_rays(origins, directions, options())
+    wanted = render(planes, decoder, rays, AXES, options())[1]
     for row in range(2):
-        torch.manual_seed(2)
         rows = slice(row, row + 1)
-        depth = render(planes[rows], decoder, origins, directions, AXES, options(), rows)[1]
+        depth = render(planes[rows], decoder, rays.cut(rows), AXES, options())[1]
         assert torch.equal(depth, wanted[rows])
 
 
 def test_depth_lies_within_the_samples_and_opacity_within_one():
-    _, depth, acc = render(*scene(), AXES, options())
+    _, depth, acc = march(*scene(), options())
     assert depth.min() >= 2.25 and depth.max() <= 3.3 + 1.05 / 5
     assert acc.min() >= 0 and acc.max() <= 1 + 1e-6
 

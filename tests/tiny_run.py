@@ -105,11 +105,11 @@ def arguments(out: Path, **changes: object) -> list[str]:
     """Return the command line of `options`."""
     argv = []
     for name, value in options(out, **changes).items():
-        if value is not None:
-            words = (
-                [word for item in value.items() for word in item] if name == "weights" else [value]
-            )
-            argv += [f"--{name.replace('_', '-')}", *map(str, words)]
+        flag = f"--{name.replace('_', '-')}"
+        parts = value.items() if name == "weights" else [("", value)]
+        for part, given in parts if value is not None else []:
+            values = given if isinstance(given, tuple) else (given,)
+            argv += [f"{flag}.{part}".rstrip("."), *map(str, values)]
     return argv
 
 

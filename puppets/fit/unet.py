@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from harness.store import atomic_write
-from losses import guided_noise
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import ClipFeatures, clip_tokenize
+from models.noise import denoise
 from puppets.data import ROOT, load, to_images
 from puppets.domains import DOMAINS
 from puppets.fit.clip import LENGTH, WIDTH, classify
@@ -197,11 +197,8 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 4, 16, 16, generator=generator)
     condition = prior.condition(prompt, reference)
-    times = torch.linspace(980, 0, steps + 1).long()
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        eps = guided_noise(prior, x, now.expand(count), condition, guidance, depth)
-        a, b = prior.alphas_cumprod[now], prior.alphas_cumprod[then]
-        x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    times = torch.linspace(980, 0, steps + 1).long().tolist()
+    x = denoise(prior, x, condition, times, guidance, depth)
     return prior.decode_latents(x).clamp(-1, 1)
 
 

@@ -1,0 +1,124 @@
+"""What a frozen diffusion model predicts: noisy latents, guidance, and denoising with it.
+
+latents [B, 4, h, w], scaled; noise alike; t [B], integer steps of the diffusion schedule; text
+[2, L, D], unconditional first; depth [B, 3, H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.diffusion import Condition
+
+
+class NoisePredictor(Protocol):
+    """What a loss needs of a frozen diffusion model (see models/diffusion.py)."""
+
+    alphas_cumprod: Tensor  # [T]
+
+    def predict_noise(
+        self,
+        latents_t: Tensor,
+        t: Tensor,
+        text: Tensor,
+        depth: Tensor | None,
+        image_embeds: Tensor | None,
+        image_scale: float,
+        depth_scale: float,
+    ) -> Tensor:
+        """Return eps_hat [N, 4, h, w], without gradients."""
+
+
+@torch.no_grad()
+def guided_noise(
+    prior: NoisePredictor,
+    latents_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    guidance: float,
+    depth: Tensor | None = None,
+) -> Tensor:
+    """Predict noise with classifier-free guidance (arXiv:2207.12598, Eq. 6, in diffusers' form).
+
+    eps_hat = eps(nothing) + guidance * (eps(condition) - eps(nothing)), both from one batch.
+    "Nothing" drops text and pictures together; the depth is given to both.
+
+    Args:
+        latents_t: Noisy latents, [B, 4, h, w].
+        guidance: 1 is the conditional prediction, 0 the unconditional one.
+
+    Returns:
+        eps_hat, [B, 4, h, w].
+    """
+    eps_nothing, eps_condition = noise_pair(prior, latents_t, t, condition, depth)
+    return eps_nothing + guidance * (eps_condition - eps_nothing)
+
+
+@torch.no_grad()
+def noise_pair(
+    prior: NoisePredictor,
+    latents_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    depth: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predict noise for both halves of a condition in one batch, [B, 4, h, w] each."""
+    b = len(latents_t)
+    embeds = condition.image_embeds
+    eps = prior.predict_noise(
+        latents_t.repeat(2, 1, 1, 1),
+        t.repeat(2),
+        condition.text.repeat_interleave(b, 0),  # [2B, L, D]
+        None if depth is None else depth.repeat(2, 1, 1, 1),
+        None if embeds is None else embeds.repeat_interleave(b, 0),
+        condition.image_scale,
+        condition.depth_scale,
+    )  # [2B, 4, h, w]
+    return eps.chunk(2)
+
+
+def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return sqrt(abar_t) * latents + sqrt(1 - abar_t) * noise."""
+    abar = signal(prior, t)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+
+@torch.no_grad()
+def denoise(
+    prior: NoisePredictor,
+    latents: Tensor,
+    condition: Condition,
+    times: Sequence[int],
+    guidance: float,
+    depth: Tensor | None = None,
+) -> Tensor:
+    """Denoise latents step by step, deterministically (DDIM, arXiv:2010.02502, Eq. 12, sigma 0).
+
+    Args:
+        latents: Noisy latents of the first time, [B, 4, h, w].
+        condition: What to guide towards.
+        times: Steps of the schedule, falling, such as 980, 940, ..., 0; -1 is without any noise.
+        guidance: See `guided_noise`.
+        depth: Condition of the prior, [B, 3, H, W]; None goes without.
+
+    Returns:
+        Latents of the last time, [B, 4, h, w].
+    """
+    for now, then in pairwise(times):
+        t = torch.full((len(latents),), now, device=latents.device)
+        eps_hat = guided_noise(prior, latents, t, condition, guidance, depth)
+        abar = signal(prior, t)
+        clean = (latents - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
+        latents = add_noise(prior, clean, t - now + then, eps_hat) if then >= 0 else clean
+    return latents
+
+
+def signal(prior: NoisePredictor, t: Tensor) -> Tensor:
+    """Return abar_t, the signal's share of the variance, as [B, 1, 1, 1]."""
+    return prior.alphas_cumprod[t].view(-1, 1, 1, 1)
