@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files.official import read_official_pickle, read_state_dict
-from harness.download import fetch
+from files.official import read_official_pickle, read_saved_file
+from harness.download import check_downloaded, fetch
 from harness.store import atomic_write
 from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
@@ -44,8 +44,9 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
 
     Args:
         source: A .safetensors written by `save_generator`, a run folder, EG3D's own .pkl (nothing
-            in it is executed), a state dict .pth of a released network, or one of these files by
-            hub id `user/repo/file` or URL. What exists here wins over a hub id.
+            in it is executed), a state dict .pth of a released network, a whole generator that
+            PTI saved as .pt, or one of these files by hub id `user/repo/file` or URL. What exists
+            here wins over a hub id.
         device: Where to put it.
 
     Raises:
@@ -139,12 +140,13 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
 
 def _read_generator(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return the header and tensors of a file, whose kind its first bytes tell."""
+    check_downloaded(path)
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # After the header's length, which can be any bytes.
         return _read_safetensors(path)
     if start.startswith(TORCH_BEGINS):
-        return read_state_dict(path)
+        return read_saved_file(path)
     if start.startswith(pickle.PROTO):
         return read_official_pickle(path)
     raise ValueError("it is neither a .safetensors, a .pkl nor a .pth")

@@ -1,12 +1,13 @@
-"""EG3D's own files: released .pkl, and state dicts (.pth) with EG3D's names.
+"""EG3D's own files: released .pkl, state dicts (.pth) with EG3D's names, PTI's generators (.pt).
 
-Both become what files/generators.py builds a generator from: a header as in our files, and the
+All become what files/generators.py builds a generator from: a header as in our files, and the
 tensors by state-dict key, float32. A .pkl holds the whole training state of a GAN, of which G_ema
 counts; a state dict holds no configuration, so its shapes must be a released network's.
 """
 
 import itertools
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
 MAX_NAME = 200  # Letters in a state-dict key.
 MAX_SETTINGS = 300  # Numbers, strings and what holds them; EG3D has some 80.
 MAX_STORAGE = 10_000  # Bytes of a tensor among the settings.
+MAX_ZIP = 20e9  # Bytes of an archive that is looked into.
+GENERATOR_SUFFIXES = (".pkl", ".pt", ".pth", ".safetensors")
 
 RENDERING = {
     "clamp_mode": "softplus",
@@ -81,23 +84,58 @@ def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return describe(G), load_parts(G, most=path.stat().st_size)
 
 
-def read_state_dict(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Read a state dict with EG3D's names, and say on stderr which network it is taken for.
-
-    Faces and cats have one network; cats are known by "afhq" in the file's name.
+def read_saved_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read a file of torch.save: a whole generator, as PTI saves it, or a state dict.
 
     Returns:
         The header and the tensors (see `checkpoint.save_generator`).
 
     Raises:
-        ValueError: it cannot be read without executing code, or its shapes are those of no
-            released network; the message names no file.
+        ValueError: it cannot be read without executing code, or is neither; the message names no
+            file.
     """
     try:
         content = read_saved(path)
     except ValueError as error:
         reason = "it is damaged, compressed, or holds more than tensors and numbers"
+        if files := packed_files(path):
+            reason = f"it is a ZIP archive: unpack it, and give the file in it ({files})"
         raise ValueError(reason) from error
+    G = content if type(content) is Inert else entries(content).get("G_ema")
+    if type(G) is Inert:
+        G = find_generator({"G_ema": G})
+        return describe(G), load_parts(G, most=path.stat().st_size)
+    return read_state_dict(path, content)
+
+
+def packed_files(path: Path) -> str:
+    """Return the names of the generators in a ZIP archive that torch.save did not write."""
+    if path.stat().st_size > MAX_ZIP or not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(GENERATOR_SUFFIXES)]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return ""
+    own = any(name.rpartition("/")[2] == "data.pkl" for name in names)
+    return "" if own else ", ".join(names)[:MAX_NAME]
+
+
+def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
+    """Read a state dict with EG3D's names, and say on stderr which network it is taken for.
+
+    Faces and cats have one network; cats are known by "afhq" in the file's name.
+
+    Args:
+        path: The file, for its name.
+        content: What `read_saved` found in it.
+
+    Returns:
+        The header and the tensors (see `checkpoint.save_generator`).
+
+    Raises:
+        ValueError: its shapes are those of no released network; the message names no file.
+    """
     for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
         if type(content) is dict:
             content = content.get(wrapper, content)
@@ -193,7 +231,8 @@ def load_parts(G: Inert, most: int) -> dict[str, Tensor]:
     for name, stored in dict(parts(G)).items():
         key = id(stored.storage)
         if key not in storages:  # To read it for each of its tensors would take long.
-            storages[key] = read_storage(stored.storage)
+            known = type(stored.storage) is Storage
+            storages[key] = stored.storage if known else read_storage(stored.storage)
         tensors[name] = stored._replace(storage=storages[key]).load().float()
         most -= tensors[name].numel()
         if most < 0:
@@ -265,6 +304,8 @@ def plain(value: Any, count: Iterator[int] | None = None) -> Any:
 
 def is_small(tensor: Stored) -> bool:
     """Whether a tensor can be loaded in no time."""
+    if type(tensor.storage) is Storage:
+        return tensor.storage.count <= MAX_STORAGE // 8
     return type(tensor.storage) in (memoryview, str) and len(tensor.storage) <= MAX_STORAGE
 
 

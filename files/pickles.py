@@ -311,9 +311,15 @@ class Machine:
             self.stack[-1].state = state
 
     def refer(self, reference: Any) -> None:
-        """Push the storage of a persistent id, ("storage", class, key, device, count)."""
+        """Push the storage of a persistent id, ("storage", class, key, device, count).
+
+        The old format also refers to modules' classes so, ("module", class, file, source text).
+        """
         if self.storages is None:
             raise ValueError("it refers to data outside the pickle")
+        if type(reference) is tuple and len(reference) == 4 and reference[0] == "module":
+            self.push(reference[1])
+            return
         # In the old format None follows, or what no version since 0.4 writes.
         known = type(reference) is tuple and reference[5:] in ((), (None,))
         if not known or len(reference) < 5 or reference[0] != "storage":

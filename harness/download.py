@@ -29,6 +29,7 @@ HUB_ID = f"{PART}/{PART}"
 TIMEOUT = 20  # Of any wait for a server [s].
 MAX_SHOWN = 300  # Letters of a name or reason in a message.
 CHUNK = 2**20  # Bytes read at once.
+LFS_POINTER = b"version https://git-lfs.github.com/"  # What git keeps in place of a large file.
 MIRRORS = (
     "EG3D's own files (ffhqrebalanced512-128.pkl, afhqcats512-128.pkl, ...) are in NVIDIA's NGC "
     "catalog, these two also as nvidia_*.pkl in the hub repository of DATID-3D"
@@ -74,6 +75,18 @@ def fetch_hub_file(repo: str, file: str) -> Path:
             f"{f'{repo}/{file}'[:MAX_SHOWN]}: no such file here, and not from the hub "
             f"({reason[:200]}). {MIRRORS}"
         ) from error
+
+
+def check_downloaded(path: str | Path) -> None:
+    """Refuse a git-lfs pointer, which lies in a repository in place of a large file.
+
+    Raises:
+        ValueError: it is one; the message names no file.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("a git-lfs pointer, the file itself was not downloaded (git lfs pull)")
 
 
 def fetch_url(url: str) -> Path:

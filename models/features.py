@@ -5,7 +5,6 @@ Gradients flow to the images, never to the networks.
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from models.pretrained import (
     quiet_loading,
     resolve_source,
 )
+from models.prompts import clip_tokenize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,7 +61,14 @@ class ClipFeatures:
         """
         source = resolve_source(source)
         model_type(source, ["clip"])
-        return cls(load_network(CLIPModel, source).to(device), load_tokenizer(source))
+        model, tokenizer = load_network(CLIPModel, source), load_tokenizer(source)
+        _check_channels(source, model.config.vision_config.num_channels)
+        words = model.config.text_config.vocab_size
+        if len(tokenizer) > words:
+            raise ValueError(
+                f"{source}: the tokenizer has {len(tokenizer)} words, the text encoder {words}"
+            )
+        return cls(model.to(device), tokenizer)
 
     @property
     def depth(self) -> int:
@@ -126,6 +133,7 @@ class TokenFeatures:
         source = resolve_source(source)
         model_class = VIT_CLASSES[model_type(source, VIT_CLASSES)]
         model = load_network(model_class, source, optional=("pooler.",)).to(device)
+        _check_channels(source, model.config.num_channels)
         own_size = model.config.image_size
         given = _input_format(source, own_size)
         if model_class is ViTModel and given["size"] != own_size:  # DINOv2 adapts to any size.
@@ -186,14 +194,10 @@ def clip_preprocess(images: Tensor, size: int) -> Tensor:
     return _normalise((images + 1) / 2, CLIP_MEAN, CLIP_STD)
 
 
-def clip_tokenize(tokenizer: CLIPTokenizer, sentences: list[str], length: int) -> Tensor:
-    """Return token ids [N, length], padded; a sentence that is longer is cut, with a warning."""
-    for sentence, ids in zip(sentences, tokenizer(sentences, verbose=False).input_ids, strict=True):
-        if len(ids) > length:  # The end mark takes the last place.
-            cut = tokenizer.decode(ids[length - 1 : -1])[:40]
-            warnings.warn(f"{sentence[:20]!r}... is too long, cut off at {cut!r}", stacklevel=2)
-    options = {"padding": "max_length", "max_length": length, "truncation": True}
-    return tokenizer(sentences, **options, return_tensors="pt").input_ids
+def _check_channels(source: str, channels: int) -> None:
+    """Refuse a network for anything but images of three channels."""
+    if channels != 3:
+        raise ValueError(f"{source}: takes images of {channels} channels, not 3")
 
 
 def _input_format(source: str, image_size: int) -> dict:

@@ -17,14 +17,14 @@ from typing import TypeVar
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from huggingface_hub import hf_hub_download
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTokenizer
 
-from harness.download import HUB_ID
+from harness.download import HUB_ID, check_downloaded
+from models.weight_files import MORE_THAN_TENSORS, WEIGHT_SUFFIXES, weight_files
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # Where Stable Diffusion lives since its first homes on the hub were deleted.
 MIRRORS = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -35,6 +35,10 @@ MIRRORS = (
 OTHER_PARTS = re.compile(
     r"(text_model|vision_model|text_projection|visual_projection|logit_scale|classifier)\b"
     r"|.*position_ids$"
+)
+# <name>.<variant>-<number>-of-<count>, or with the variant behind the count, as diffusers had it.
+WEIGHT_NAME = re.compile(
+    r"(\w+_)?model(-\d+-of-\d+)?(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -53,50 +57,6 @@ def resolve_source(source: str | Path) -> str:
     return source
 
 
-def weight_files(folder: Path, pattern: str) -> list[str]:
-    """Return the names of a folder's weight files that match a pattern."""
-    return sorted(file.name for file in folder.glob(pattern) if file.suffix in WEIGHT_SUFFIXES)
-
-
-def find_weights(
-    source: str | Path, subfolder: str, pattern: str, usual: str
-) -> tuple[str, str, str]:
-    """Find a weight file.
-
-    Args:
-        source: The file itself, a local folder, a hub id or a hub id and a file in it.
-        subfolder: Where in a folder or hub id it is.
-        pattern: What its name in a local folder looks like.
-        usual: Its name if a folder holds several, and on the hub.
-
-    Returns:
-        The folder or hub id, the subfolder in it and the file's name.
-
-    Raises:
-        ValueError: there is none, or several and none is called `usual`.
-    """
-    path = Path(source)
-    if os.path.isfile(source):  # os.path takes names that are too long, where Path raises.
-        return str(path.parent), "", path.name
-    if os.path.isdir(source):
-        names = weight_files(path / subfolder, pattern)
-        if usual not in names and len(names) != 1:
-            raise ValueError(f"{path / subfolder}: no {usual} there; name one of {names}")
-        return str(path), subfolder, usual if usual in names else names[0]
-    on_hub = re.fullmatch(rf"({HUB_ID})(?:/(.+))?", str(source))
-    if not on_hub:
-        raise ValueError(f"{source} is neither a file, a folder nor a hub id (user/repo[/file])")
-    folder, name = os.path.split(on_hub[2] or os.path.join(subfolder, usual))
-    return on_hub[1], folder, name
-
-
-def fetch_weights(root: str, subfolder: str, name: str) -> str:
-    """Return the path of a weight file that `find_weights` found, downloading it if need be."""
-    if os.path.isdir(root):
-        return os.path.join(root, subfolder, name)
-    return hf_hub_download(root, name, subfolder=subfolder or None)
-
-
 def load_network(
     cls: type[Network],
     source: str,
@@ -106,8 +66,8 @@ def load_network(
 ) -> Network:
     """Load a network and freeze it: eval mode, and no parameter wants a gradient.
 
-    Weights are .safetensors or else .bin, of which nothing is executed; a local folder may hold
-    them as variant "fp16" alone, and in several .bin files.
+    Weights are .safetensors or else .bin, of which nothing is executed. A local folder may hold
+    them as variant "fp16" or "bf16" only, and in several .bin files.
 
     Args:
         cls: A model class of diffusers or transformers.
@@ -121,29 +81,45 @@ def load_network(
     """
     options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
+        folder = _local_folder(source, subfolder)
+        _check_downloads(folder)
         if hasattr(cls, "load_config"):  # diffusers, whose configs name their class
             saved_class = cls.load_config(source, **options).get("_class_name")
             if saved_class != cls.__name__:
                 raise ValueError(f"holds {saved_class}, not {cls.__name__}")
         else:  # transformers, which then reports misshapen weights below instead of at length
             options["ignore_mismatched_sizes"] = True
-        options |= _file_options(Path(source, subfolder))
+        options |= _file_options(folder)
         options |= {"dtype": dtype, "output_loading_info": True}
         network, info = cls.from_pretrained(source, **options)
-        bad = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        bad = sorted(key for key in bad if not key.startswith(optional))
-        if bad:
-            raise ValueError(f"{cls.__name__} weights absent or misshapen ({len(bad)}): {bad[0]}")
-        own = {name for name, _ in network.named_children()}
-        surplus = sorted(info["unexpected_keys"])
-        surplus = [k for k in surplus if k.split(".")[0] in own or not OTHER_PARTS.match(k)]
-        if surplus:
-            raise ValueError(f"weights its config.json leaves out ({len(surplus)}): {surplus[0]}")
-        for name, weight in network.state_dict().items():
-            # Of a NaN both are NaN. One pass without a copy: 0.1 s per GB, isfinite() takes 1 to 2.
-            if not all(extreme.isfinite() for extreme in weight.aminmax()):
-                raise ValueError(f"{name} is not finite as {dtype}")
+        misshapen = [key for key, *_ in info["mismatched_keys"]]
+        absent = [*info["missing_keys"], *misshapen]
+        _check_weights(network, absent, info["unexpected_keys"], optional)
+        _check_finite(network)
     return network.eval().requires_grad_(False)
+
+
+def build_network(
+    cls: type[Network], config: dict, weights: dict[str, Tensor], dtype: torch.dtype
+) -> Network:
+    """Return a frozen network of a config and weights, checked as `load_network` does.
+
+    Raises:
+        ValueError: the config is none, or the weights do not fit it; the message names no file.
+    """
+    if hasattr(cls, "load_config"):
+        with torch.device("meta"):  # Its weights are replaced; drawing them would take long.
+            network = cls.from_config(config)
+    else:
+        network = cls(cls.config_class(**config))
+    own = network.state_dict()
+    weights = {key: weight.to(dtype) for key, weight in weights.items()}
+    misshapen = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    absent = [*misshapen, *(own.keys() - weights.keys())]
+    _check_weights(network, absent, weights.keys() - own.keys())
+    network.load_state_dict({key: weights[key] for key in own}, assign=True)
+    _check_finite(network)
+    return network.to(dtype).eval().requires_grad_(False)
 
 
 def load_tokenizer(source: str, subfolder: str = "") -> CLIPTokenizer:
@@ -154,6 +130,7 @@ def load_tokenizer(source: str, subfolder: str = "") -> CLIPTokenizer:
     """
     options = {"subfolder": subfolder, "local_files_only": Path(source).is_dir()}
     with one_line_errors(source, subfolder), quiet_loading():
+        _check_downloads(_local_folder(source, subfolder))
         tokenizer = CLIPTokenizer.from_pretrained(source, **options)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # What transformers makes of no files.
             raise ValueError("no vocabulary found")
@@ -167,6 +144,7 @@ def model_type(source: str, supported: Collection[str]) -> str:
         ValueError: there is none, or its kind is not among `supported`.
     """
     with one_line_errors(source), quiet_loading():
+        _check_downloads(_local_folder(source, ""))
         config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
         if config.model_type not in supported:
             raise ValueError(f"is of type {config.model_type}, not {' or '.join(supported)}")
@@ -190,6 +168,8 @@ def one_line_errors(source: str, inside: str = "") -> Iterator[None]:
             # The libraries blame the repository.
             error = ValueError(f"not downloaded yet, and the hub cannot be reached ({chain[-1]})")
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "weights_only" in reason:  # torch advises to execute what is in the file.
+            reason = MORE_THAN_TENSORS
         if isinstance(error, KeyError):
             reason = f"has no {reason}"
         line = f"{where}: {reason[:300]}"
@@ -223,12 +203,65 @@ def quiet_loading() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
+def _check_weights(
+    network: nn.Module,
+    absent: Collection[str],
+    surplus: Collection[str],
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Refuse weights that a network lacks, or that it has no place for."""
+    absent = sorted(key for key in absent if not key.startswith(optional))
+    if absent:
+        name = type(network).__name__
+        raise ValueError(f"{name} weights absent or misshapen ({len(absent)}): {absent[0]}")
+    own = {name for name, _ in network.named_children()}
+    surplus = sorted(k for k in surplus if k.split(".")[0] in own or not OTHER_PARTS.match(k))
+    surplus = [key for key in surplus if not key.endswith("position_ids")]
+    if surplus:
+        raise ValueError(
+            f"weights that its configuration leaves out ({len(surplus)}): {surplus[0]}"
+        )
+
+
+def _check_finite(network: nn.Module) -> None:
+    """Refuse NaNs and infinities."""
+    for name, weight in network.state_dict().items():
+        # Of a NaN both are NaN. One pass without a copy: 0.1 s per GB, isfinite() takes 1 to 2.
+        if not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise ValueError(f"{name} is not finite as {weight.dtype}")
+
+
+def _local_folder(source: str, subfolder: str) -> Path:
+    """Return the folder on this machine that holds a part; for a hub id, the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source, subfolder)
+    kept = try_to_load_from_cache(source, os.path.join(subfolder, "config.json"))
+    return Path(kept).parent if isinstance(kept, str) else Path(source, subfolder)
+
+
+def _check_downloads(folder: Path) -> None:
+    """Refuse a folder in which a git-lfs pointer lies in place of a file."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (*WEIGHT_SUFFIXES, ".json", ".txt") and file.is_file():
+            try:
+                check_downloaded(file)
+            except ValueError as error:
+                raise ValueError(f"{file.name} is {error}") from error
+
+
 def _file_options(folder: Path) -> dict:
-    """Return which of a local folder's weights to load: "fp16" or .bin if there are no others."""
-    names = weight_files(folder, "*")
-    plain = any(re.fullmatch(r"(\w+_)?model(-\d+-of-\d+)?\.\w+", name) for name in names)
-    half = any(".fp16" in name for name in names) and not plain
-    suffixes = {Path(name).suffix for name in names if (".fp16" in name) == half}
+    """Return which of a folder's weights to load: half precision or .bin if there are no others."""
+    variants: dict[str, set[str]] = {}
+    for name in weight_files(folder, "*"):
+        if parts := WEIGHT_NAME.fullmatch(name):
+            variants.setdefault(parts["variant"] or "", set()).add(Path(name).suffix)
+    known = [variant for variant in ("", "fp16", "bf16") if variant in variants]
+    if variants and not known:
+        raise ValueError(
+            f"has weights of the kind {' and '.join(sorted(variants))} only, not the plain ones, "
+            "fp16 or bf16"
+        )
+    variant = known[0] if known else ""
     # Unless it is told, diffusers finds one .bin, but not several.
-    safe = False if suffixes == {".bin"} else None
-    return {"variant": "fp16" if half else None, "use_safetensors": safe}
+    safe = False if variants.get(variant) == {".bin"} else None
+    return {"variant": variant or None, "use_safetensors": safe}

@@ -6,3 +6,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Networks are tiny: threads would wait for each other longer than they compute.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from prior_fixtures import (  # noqa: F401
+    copy,
+    folder,
+    lora,
+    plus,
+    prior,
+    sd2,
+    sd2_folder,
+    taesd,
+    taesd_folder,
+)

@@ -143,7 +143,7 @@ def test_the_report_is_complete(report):
 )
 def test_switches_are_compared_with_the_exact_gradient(switch, tmp_path):
     if "vae" in switch:
-        switch = {"vae": str(build_taesd(tmp_path))}
+        switch = {"vae": str(build_taesd(tmp_path, world() / "diffusion"))}
     bench.main(config(parts=("dsds",), batch=4, json=tmp_path / "x.json", **switch))
     gradient = json.loads((tmp_path / "x.json").read_text())["gradient"]
     assert gradient["cosine"] < 0.99999

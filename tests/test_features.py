@@ -187,3 +187,38 @@ def test_foreign_folders_are_refused_in_one_line(clip_folder, dino_folder, tmp_p
         with pytest.raises(ValueError) as caught:
             load(folder)
         assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_networks_that_take_no_colour_images_are_refused_at_once(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTModel(ViTConfig(**shape, num_channels=1, image_size=32)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/vit: takes images of 1 channels, not 3$"):
+        TokenFeatures.from_pretrained(tmp_path / "vit")
+    clip = build_clip(tmp_path / "clip")
+    config = CLIPModel.from_pretrained(clip).config
+    config.vision_config.num_channels = 4
+    CLIPModel(config).save_pretrained(clip)
+    with pytest.raises(ValueError, match=f"^{clip}: takes images of 4 channels, not 3$"):
+        ClipFeatures.from_pretrained(clip)
+
+
+def test_clip_with_fewer_words_than_its_tokenizer_is_refused_at_once(tmp_path):
+    clip = build_clip(tmp_path)
+    config = CLIPModel.from_pretrained(clip).config
+    config.text_config.vocab_size = 500
+    CLIPModel(config).save_pretrained(clip)
+    with pytest.raises(ValueError, match="the tokenizer has 514 words, the text encoder 500$"):
+        ClipFeatures.from_pretrained(clip)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+def test_pointer_of_git_lfs_is_named(name, tmp_path):
+    clip = build_clip(tmp_path)
+    (clip / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=f"^{clip}: {name} is a git-lfs pointer, .*lfs pull.$"):
+        ClipFeatures.from_pretrained(clip)
+
+
+def test_clip_warns_of_the_syntax_of_web_uis(clip):
+    with pytest.warns(UserWarning, match="^BREAK in the prompt is read as plain words"):
+        clip.text(["an elf BREAK a robot"])

@@ -18,7 +18,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from official_pickle import EasyDict, Network, Persistent, content_of, pack, write_pickle
+from official_pickle import (
+    EasyDict,
+    Network,
+    Persistent,
+    content_of,
+    official_modules,
+    pack,
+    write_pickle,
+)
 from tiny_generator import RENDERING_KWARGS
 from tiny_run import build_generator
 from torch import nn
@@ -296,6 +304,60 @@ def test_state_dict_is_taken_for_a_released_network(capsys, keys, file, resoluti
     unused = {"image_resolution", "gpc_reg_prob", "density_reg", "density_reg_p_dist", "reg_type"}
     assert released.keys() - used == unused
     assert f"{file} does not say how it is rendered; it is taken for" in capsys.readouterr().err
+
+
+def save_whole(content, file="model_head.pt", new_format=True):
+    """Save a whole generator by torch.save, as PTI does."""
+    with official_modules():
+        torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    return file
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_whole_generator_of_pti_is_read_as_the_pickle_is(new_format, wrapped):
+    G = build_generator()
+    content = {"G_ema": pack(G), "step": 3} if wrapped else pack(G)
+    loaded = load_generator(save_whole(content, new_format=new_format))
+    expected = load_generator(write())
+    assert loaded.init_kwargs == expected.init_kwargs
+    assert loaded.rendering_kwargs == expected.rendering_kwargs
+    assert loaded.neural_rendering_resolution == expected.neural_rendering_resolution
+    assert torch.equal(loaded.plane_axes, expected.plane_axes)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_whole_generator_is_not_run(new_format):
+    G = pack(build_generator())
+    G.renderer.extra = Call(os.mkdir, "executed")
+    reason = refuse(save_whole(G, new_format=new_format))
+    assert reason.endswith("or holds more than tensors and numbers")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_whole_module_of_another_kind_is_refused_by_its_name(new_format):
+    reason = refuse(save_whole(nn.Sequential(nn.Linear(2, 2)), new_format=new_format))
+    assert "torch.nn.modules.container.Sequential" in reason and "not EG3D's generator" in reason
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archive_with_a_generator_in_it_is_named(method):
+    with zipfile.ZipFile("files.zip", "w", method) as archive:
+        archive.writestr("eg3d_1/ffhqrebalanced512-128.pkl", write().read_bytes())
+        archive.writestr("eg3d_1/readme.md", "hello")
+    assert refuse("files.zip").endswith(
+        "it is a ZIP archive: unpack it, and give the file in it (eg3d_1/ffhqrebalanced512-128.pkl)"
+    )
+
+
+@pytest.mark.parametrize("name", ["g.pkl", "g.pth", "g.safetensors"])
+def test_pointer_of_git_lfs_is_named(name):
+    Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert refuse(name).endswith(
+        "a git-lfs pointer, the file itself was not downloaded (git lfs pull)"
+    )
 
 
 def test_state_dict_of_another_network_is_refused():

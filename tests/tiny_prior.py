@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -31,6 +32,8 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
 )
+
+from models.vae import encode, synthetic_pictures
 
 TEXT = {
     "hidden_size": 32,
@@ -105,15 +108,14 @@ def build_prior(
 ) -> Path:
     """Write a diffusers folder with controlnet/ and ip_adapter/ inside, and return it."""
     torch.manual_seed(seed)
-    unet_config = {"attention_head_dim": 4} | (unet_config or {})
+    defaults = {"sample_size": 8, "attention_head_dim": 4, "norm_num_groups": 8}
+    unet_config = defaults | (unet_config or {})
     unet = UNet2DConditionModel(
-        sample_size=8,
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_width,
-        norm_num_groups=8,
         **unet_config,
     )
     controlnet = ControlNetModel.from_unet(unet)
@@ -160,7 +162,9 @@ def build_prior(
     return folder
 
 
-def build_sd2(folder: Path) -> Path:
+def build_sd2(
+    folder: Path, unet_config: dict | None = None, text_config: dict | None = None
+) -> Path:
     """Write a folder with what sets Stable Diffusion 2.1 apart, with controlnet/, and return it."""
     build_prior(
         folder,
@@ -170,8 +174,9 @@ def build_sd2(folder: Path) -> Path:
             "attention_head_dim": [2, 4, 4],
             "use_linear_projection": True,
             "upcast_attention": True,
-        },
-        text_config={"hidden_act": "gelu", "num_hidden_layers": 3},
+        }
+        | (unet_config or {}),
+        text_config={"hidden_act": "gelu", "num_hidden_layers": 3} | (text_config or {}),
         scheduler_config={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     )
     (folder / "tokenizer/special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
@@ -179,16 +184,36 @@ def build_sd2(folder: Path) -> Path:
     return folder
 
 
-def build_taesd(folder: Path) -> Path:
-    """Write an AutoencoderTiny folder, and return it."""
+def build_taesd(folder: Path, prior: Path | None = None) -> Path:
+    """Write an AutoencoderTiny folder, and return it.
+
+    Its latents resemble those of the VAE that `build_prior` or `build_sd2` wrote to `prior`.
+    """
     torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(4, 4, 4, 4),
+    taesd = AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(4, 4, 4, 4),
         num_encoder_blocks=(1, 1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1),
-    ).save_pretrained(folder)
+    )
+    if prior is not None:
+        _imitate(taesd, AutoencoderKL.from_pretrained(prior / "vae"))
+    taesd.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _imitate(taesd: AutoencoderTiny, vae: AutoencoderKL) -> None:
+    """Make the latents of a TAESD like a VAE's, by least squares for the encoder's last layer."""
+    images = synthetic_pictures()
+    wanted = encode(vae, images).transpose(0, 1).flatten(1).T  # [N, 4]
+    *layers, last = taesd.encoder.layers
+    features = nn.Sequential(*layers)((images + 1) / 2)
+    patches = F.unfold(features, 3, padding=1).transpose(1, 2).flatten(0, 1)  # [N, C * 9]
+    patches = torch.cat([patches, torch.ones(len(patches), 1)], 1)
+    solution = torch.linalg.lstsq(patches, wanted, driver="gelsd").solution.T
+    last.weight.copy_(solution[:, :-1].view_as(last.weight))
+    last.bias.copy_(solution[:, -1])
 
 
 def write_lora(file: Path, prior: Path, layout: str = "peft") -> dict:

@@ -73,7 +73,7 @@ def world() -> Path:
     build_prior(folder / "diffusion")
     build_dino(folder / "dino")
     build_clip(folder / "clip")
-    build_taesd(folder / "taesd")
+    build_taesd(folder / "taesd", folder / "diffusion")
     write_lora(folder / "lora.safetensors", folder / "diffusion")
     return folder
 
