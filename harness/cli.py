@@ -74,7 +74,7 @@ def exit_codes(alike: bool = False) -> Iterator[None]:
         if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: out of memory (docs/performance.md says what needs less): {reason}", file=err)
+        print(f"error: out of memory (docs/performance.md has advice): {reason}", file=err)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
