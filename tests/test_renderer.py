@@ -105,6 +105,20 @@ def test_gradient_of_lookups_is_torchs():
     assert ours.abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [(2, 2), (8, 8), (4, 16)])
+def test_lookups_equal_torchs_inside_at_edges_and_outside(size):
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 5, *size)
+    coordinates = torch.rand(2, 3, 40, 9, 2) * 4 - 2
+    coordinates[0, 0, 0, :6, 0] = torch.tensor([-1, 1, 1e9, -1e9, math.nan, 1 - 1 / size[1]])
+    coordinates[0, 1, 0, :2, 1] = torch.tensor([-1.0, 1.0])
+    samples = F.grid_sample(maps.flatten(0, 1), coordinates.flatten(0, 1), align_corners=False)
+    total = samples.unflatten(0, (2, 3)).sum(1)
+    values = look_up(maps, coordinates)
+    torch.testing.assert_close(values, total, rtol=1e-5, atol=3e-6, equal_nan=True)
+    assert look_up(maps, coordinates[:, :, :0]).shape == (2, 5, 0, 9)
+
+
 def test_lookups_lead_gradients_to_cameras_too():
     maps = torch.randn(1, 1, 2, 4, 4)
     coordinates = torch.rand(1, 1, 1, 3, 2, requires_grad=True)
