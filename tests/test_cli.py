@@ -25,7 +25,7 @@ import train
 from config import parse
 from files.generators import save_generator
 from harness.cli import exit_codes, run_cli
-from harness.run_folder import remove_leftovers, sole_writer
+from harness.run_folder import sole_writer
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [
@@ -437,15 +437,6 @@ def test_a_source_that_changed_since_is_no_source(tmp_path, call, capsys):
     code, _, err = call(evaluation, ["--ckpt", tmp_path / "run", "--out", tmp_path / "x.json"])
     assert code == 2 and "source generator" in err.splitlines()[-1]
     assert not (tmp_path / "x.json").exists()
-
-
-def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
-    ours = (".config.json.tmp", ".grid-000003.png.tmp", ".ckpt-000001.pt.tmp", ".log.jsonl.tmp")
-    others = {"mine.tmp", ".notes.tmp", ".vimrc.tmp", "ckpt-000001.pt"}
-    for name in (*ours, *others):
-        (tmp_path / name).write_bytes(b"")
-    remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == others
 
 
 def test_what_does_not_shape_the_result_may_change(tmp_path):
