@@ -37,20 +37,22 @@ def random_prior(
     """Return Stable Diffusion 1.5 with a depth ControlNet, and its VAE or TAESD."""
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     text_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    controlnet = ControlNetModel.from_unet(unet)
-    if taesd:
-        vae = AutoencoderTiny()  # By default TAESD.
-    else:
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
-        if recompute_vae:
-            vae.enable_gradient_checkpointing()
-    with quiet_loading():  # Else a change of precision is warned of.
+    # Made where they are used, since a GPU draws a billion weights in a second; quietly, since a
+    # change of precision is warned of.
+    with torch.device(device), quiet_loading():
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        controlnet = ControlNetModel.from_unet(unet)
+        if taesd:
+            vae = AutoencoderTiny()  # By default TAESD.
+        else:
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+            )
+            if recompute_vae:
+                vae.enable_gradient_checkpointing()
         return DiffusionPrior(
             vae.to(device, vae_dtype),
             unet.to(device, dtype),
