@@ -49,7 +49,7 @@ TOKENIZER = locate("checkpoints/puppets/clip")  # The one at hand.
 NETWORKS = ("base", "generator", "diffusion", "controlnet", "vae", "features", "clip")
 SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
 EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": "", "compile": False}
-CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Of the convolution and of the square matrices.
+CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Sizes of the convolution and of the square matrices.
 CONV_GFLOP, MATMUL_GFLOP = 18 * CHANNELS**2 * SIDE**2 / 1e9, 2 * MATRIX**3 / 1e9
 LONG = 60.0  # Seconds; a part that has taken longer is not timed again.
 NOTES = f"""\
@@ -60,7 +60,7 @@ NOTES = f"""\
 - *units*: of the time of one float32 convolution, 3 x 3, {CHANNELS} -> {CHANNELS} channels,
   {SIDE} x {SIDE} px, done just before each timed call. *of conv*, *of matmul*: GFLOP/s, compared
   with that convolution's and with those of a float32 product of {MATRIX} x {MATRIX} matrices.
-  A GPU does both as torch is set there, which is with TF32 for convolutions alone.
+  A GPU does both as torch is set there, which is with TF32 for convolutions only.
 - On a CPU, units and rates go by *CPU s*, the seconds of all threads together: other processes
   disturb them less than they disturb the clock.
 - *GB*: the most that torch held beyond what it held before the counted call: activations,
@@ -89,8 +89,10 @@ class Config:
     batch: int = 1  # Samples in a step.
     micro_batch: int | None = None  # Samples that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
-    precision: Literal["fp32", "fp16", "bf16"] | None = None  # Of the prior except its VAE.
-    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Of the VAE.
+    precision: Literal["fp32", "fp16", "bf16"] | None = (
+        None  # Precision of the prior except its VAE.
+    )
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Precision of the VAE.
     compile: bool = False  # Compile UNet, ControlNet and VAE.
 
     parts: tuple[str, ...] = ()  # Parts to measure, by their names in the table; none: all.
@@ -183,7 +185,7 @@ class World:
     def __init__(self, cfg: train.Config, device: torch.device, random: bool = False) -> None:
         """Take settled options; `random` networks are of full size, whatever `cfg` names."""
         self.cfg, self.device, self.random = cfg, device, random
-        self.numbers = itertools.count(1)  # Of steps.
+        self.numbers = itertools.count(1)  # Numbers of the steps.
 
     def call(self, part: Callable[..., object]) -> Callable[[], object]:
         """Return a part as a call without arguments: each gets what here has its name."""
@@ -434,8 +436,8 @@ def measure(
         `conv_seconds` and `matmul_seconds`, by the same clock as units and rates.
     """
     gflop, memory = count(call, device)
-    clock = 1 if device.type == "cpu" else 0  # Of the two that `stopwatch` reads.
-    times: list[list[tuple[float, float]]] = []  # Of convolution, product and call.
+    clock = 1 if device.type == "cpu" else 0  # Which of the two that `stopwatch` reads.
+    times: list[list[tuple[float, float]]] = []  # Convolution, product and call.
     while len(times) < repeats and sum(row[-1][clock] for row in times) < LONG:
         times.append([stopwatch(run, device) for run in (*yardsticks, call)])
     conv, matmul, spent = ([row[i][clock] for row in times] for i in range(3))
@@ -523,7 +525,7 @@ def markdown(report: dict) -> str:
         f"{busy}",
         f"- versions: {', '.join(versions)}; commit {report['commit'] or 'unknown'}",
         f"- settings: {', '.join(given)}",
-        f"- measured beside: convolution {conv:.1f} GFLOP/s, matrix product {matmul:.1f} GFLOP/s",
+        f"- yardsticks: convolution {conv:.1f} GFLOP/s, matrix product {matmul:.1f} GFLOP/s",
         f"- most memory of the process: {report['process_peak_gb']:.2f} GB",
         "",
         "| part | seconds | CPU s | TFLOP | GFLOP/s | of conv | of matmul | units | GB |",
@@ -547,7 +549,7 @@ def markdown(report: dict) -> str:
         cosine, ratio = report["gradient"].values()
         lines += [
             "",
-            "DSDS's gradient at the images, beside that in float32 with the prior's own VAE: "
+            "DSDS's gradient at the images, compared with float32 and the prior's own VAE: "
             f"cosine {cosine:.5f}, {ratio:.4f} times as long.",
         ]
     return "\n".join([*lines, "", NOTES])

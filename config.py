@@ -386,14 +386,14 @@ def check(cfg: Config) -> None:
 
 
 def _check_bounds(cfg: Config) -> None:
-    """Refuse numbers outside of the bounds beside their fields, and texts that are no UTF-8."""
+    """Refuse numbers outside of the bounds at their fields, and texts that are not UTF-8."""
     for options, prefix in ((cfg, "--"), (cfg.weights, "--weights.")):
         hints = get_type_hints(type(options), include_extras=True)
         for name, value in vars(options).items():
             flag = prefix + name.replace("_", "-")
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, str | Path) and re.search("[\ud800-\udfff]", str(part)):
-                    raise ValueError(f"{flag} is no UTF-8 text: {ascii(str(part))}")
+                    raise ValueError(f"{flag} is not UTF-8 text: {ascii(str(part))}")
                 if isinstance(part, float) and not isfinite(part):
                     raise ValueError(f"{flag} must be a finite number, got {part}")
             for bounds in getattr(hints[name], "__metadata__", ()):

@@ -6,10 +6,11 @@
 
 Source and adapted generator render the same latents from the same cameras, with the run's own
 truncation. Features are those of the frozen CLIP image tower, which no loss of GCA-3D uses. Writes
-JSON, one object per run beside those that the file already holds; a run that has not changed since
-is not scored again. Of all rows in it, and printed: results-table.md, where runs that differ in
-their seed alone are one row, mean ± standard deviation; results-table.csv, every run by itself;
-and with matplotlib results-bars.png and results-steps.png, the terms of the logs over the steps.
+JSON, one object per run; objects of other runs in the file stay. A run that has not changed since is
+not scored again. Prints and writes tables of all rows in the file: results-table.md, where runs that
+differ only in their seed are one row, mean ± standard deviation; results-table.csv, every run by
+itself; and with matplotlib results-bars.png and results-steps.png, the terms of the logs over the
+steps.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from harness.run_folder import (
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
-VERSION = 2  # Of what a score means; rows of other versions are scored again.
+VERSION = 2  # Meaning of the scores; rows of other versions are scored again.
 # Read besides those of run_folder.SETTINGS_READ.
 SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
@@ -60,7 +61,7 @@ class Config:
 
     samples: int = 256  # Latents per run; identity is a retrieval among them.
     quick: bool = False  # A first look, within a minute on puppets: 64 samples at most.
-    seed: int = 1_000_000  # Of the latents and cameras; training runs use small seeds.
+    seed: int = 1_000_000  # Fixes latents and cameras; training runs use small seeds.
     batch: int = 32  # Pictures that CLIP reads at once; no score depends on it.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
@@ -114,7 +115,7 @@ def read_rows(path: Path) -> dict[str, Row]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--out {path} cannot be read ({error})") from error
     if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
-        raise ValueError(f"--out {path} was not written by eval.py, so it is left alone")
+        raise ValueError(f"--out {path} was not written by eval.py, so it stays as it is")
     return rows
 
 
@@ -179,7 +180,7 @@ class Renders:
     """What one generator shows of N latents, from a random camera each and from the front."""
 
     image: Tensor  # Random camera, [N, 3, R, R] in [-1, 1].
-    depth: Tensor  # Of that camera, [N, 1, n, n].
+    depth: Tensor  # Seen by that camera, [N, 1, n, n].
     mask: Tensor  # [N, 1, n, n].
     front: Tensor  # Frontal camera, [N, 3, R, R].
     front_depth: Tensor  # [N, 1, n, n].
@@ -196,7 +197,7 @@ class Source:
     probes: Renders
 
 
-Sources = dict[tuple, Source]  # By what they hang on.
+Sources = dict[tuple, Source]  # By generator, truncation, number of samples and seed.
 
 
 def main(cfg: Config) -> None:
@@ -237,12 +238,12 @@ def write_rows(path: Path, rows: dict[str, Row]) -> None:
 
 
 def add_row(path: Path, run: str, row: Row) -> None:
-    """Write a run's row beside those of others, which other processes may be writing."""
+    """Add a run's row to those of others, which other processes may be writing."""
     with sole_writer(path, wait=True):
         write_rows(path, read_rows(path) | {run: row})
 
 
-def beside(out: Path, name: str) -> Path:
+def sibling(out: Path, name: str) -> Path:
     """Return the file of this name that belongs to --out."""
     return out.with_name(f"{out.stem}-{name}")
 
@@ -523,13 +524,13 @@ def geometry(G: TriPlaneGenerator, source: Source, adapted: Renders) -> Row:
 def report(out: Path, ckpts: tuple[Path, ...]) -> None:
     """Print all rows of --out as a table; write them as tables and plots, and the runs' logs."""
     rows = read_rows(out)
-    write_text(beside(out, "table.csv"), csv_table(rows))
-    write_text(beside(out, "table.md"), markdown_table(rows))
+    write_text(sibling(out, "table.csv"), csv_table(rows))
+    write_text(sibling(out, "table.md"), markdown_table(rows))
     if find_spec("matplotlib") is None:
         print("warning: no plots without matplotlib: pip install matplotlib", file=sys.stderr)
     else:
-        plot_bars(rows, beside(out, "bars.png"))
-        plot_steps({str(ckpt): read_log(ckpt) for ckpt in ckpts}, beside(out, "steps.png"))
+        plot_bars(rows, sibling(out, "bars.png"))
+        plot_steps({str(ckpt): read_log(ckpt) for ckpt in ckpts}, sibling(out, "steps.png"))
     print(markdown_table(rows), end="")
 
 

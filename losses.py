@@ -20,7 +20,7 @@ from models.noise import NoisePredictor, add_noise, guided_noise, noise_pair, si
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
-ROUNDING = 1e-4  # Of ratios of squared distances.
+ROUNDING = 1e-4  # Ratios of squared distances that differ by less are equal.
 
 
 def dsds_loss(
@@ -87,8 +87,9 @@ def source_noise(
 ) -> Tensor:
     """Predict the noise in the source's latents (delta denoising score, arXiv:2304.07090, Eq. 4).
 
-    A baseline of SDS: what the prior wants of the source too, under the same noise and its own
-    prompt, is no wish of the target domain's, and most of it is noise.
+    A baseline of SDS: what the prior would change in the source image anyway, under the same noise
+    and its own prompt, has nothing to do with the target prompt. Subtracting it removes most of
+    the noise.
 
     Args:
         condition: The source's own domain.
@@ -121,8 +122,8 @@ def hsc_loss(
         grids: Cells per side at each level; None is the full grid.
         weights: One per level.
         temperature: Divides the cosines.
-        mask: Cells count by their share of it; None counts all alike. Cells of an empty background
-            cannot be told apart: without a mask the loss asks for a background that can.
+        mask: Cells count by their share of it; None counts all alike. Background cells look
+            alike, so without a mask the loss pushes the background to become distinguishable.
 
     Raises:
         ValueError: shapes differ, a level is finer than the tokens or has no weight, or the
@@ -162,7 +163,7 @@ def fusion_sds_loss(
     """SDS between predictions of unit size (StyleGAN-Fusion, arXiv:2212.04473, its code for EG3D).
 
     The gradient is (1 - abar_t) * (unit(eps_hat) - unit(noise)) / 100, clamped to +-1, where unit()
-    scales a whole latent to an RMS of 1, so that a large guidance changes directions alone. Theirs
+    scales a whole latent to an RMS of 1, so that a large guidance changes only directions. Theirs
     is of one image; here every image has its own t, RMS and clamp. Their nan -> 0 is left out.
     """
     with torch.no_grad():
@@ -277,7 +278,7 @@ def edit_mask(
 
     The paper reads the region off the SDS gradient at different noise levels; formula, levels and
     threshold are not public. Here, as in DiffEdit (arXiv:2210.11427), the size of the difference
-    that the prompt makes to the predicted noise, beside a prompt for what is there: each level
+    that the prompt makes to the predicted noise, against a prompt for what is there: each level
     over its largest value, their mean smoothed over 3 x 3 cells, and a soft threshold.
 
     Args:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from models.cameras import orbit, split_label
 from models.renderer import pixel_rays
 
-RIDGE = 1e-2  # Of the features' mean variance; the probe's error is flat within a decade of it.
+# As a fraction of the mean feature variance; within a decade the error of the probe is the same.
+RIDGE = 1e-2
 FLAT = 1e-5  # Depth maps with less deviation than this are constant but for rounding.
-HIDDEN = 0.02  # Of the distance: a point so far behind what a camera sees there is occluded.
+HIDDEN = 0.02  # A point this fraction of the distance behind what a camera sees is occluded.
 KID_PICTURES = 1000  # In a subset, as everywhere.
 
 
@@ -59,7 +60,7 @@ def distances(real: Tensor, after: Tensor) -> dict[str, float]:
         score.update(real.double() * given.num_features**0.5, real=True)
         score.update(after.double() * given.num_features**0.5, real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # Of the subsets.
+        torch.manual_seed(0)  # Fixes the subsets.
         return {"fid": scores[0].compute().item(), "kid": scores[1].compute()[0].item()}
 
 

@@ -180,7 +180,7 @@ class Subject:
 
     G: Generator
     ws: Tensor  # [1, num_ws, w_dim].
-    planes: Tensor | None = None  # Of its own, or cached to be seen often; None: those of ws.
+    planes: Tensor | None = None  # Own or cached planes; None: those of ws.
     seed: int = 0  # Fixes the jitter of the ray samples: frames with their own would flicker.
 
     @torch.no_grad()

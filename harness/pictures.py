@@ -91,7 +91,7 @@ def find_pictures(folder: Path) -> list[Path]:
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from error
-    # macOS leaves a ._0.JPG beside each 0.JPG on foreign disks.
+    # On disks of other systems macOS leaves a ._0.JPG next to each 0.JPG.
     parts = {path: path.relative_to(folder).parts for path in found}
     return [p for p in found if p.is_file() and not any(x.startswith(".") for x in parts[p])]
 

@@ -1,7 +1,7 @@
 """Several processes that train as one, as torchrun and accelerate launch start them.
 
 Each works on its slice of every batch, and their gradients are added up, so that all take the same
-steps. The first one alone speaks and writes; what stops one stops all. Without a launcher there is
+steps. Only the first one speaks and writes; what stops one stops all. Without a launcher there is
 one process, which has the whole batch, waits for nobody and is the first.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.store import atomic_write
 
-PANELS = 4  # Of a plot, side by side.
+PANELS = 4  # Side by side in a plot.
 BAR, LETTER = 0.25, 0.08  # Height of a bar and width of a letter, inches.
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
@@ -21,7 +21,7 @@ Log = list[dict[str, float]]  # A run's log.jsonl.
 
 
 def group_rows(rows: dict[str, Row]) -> dict[str, list[Row]]:
-    """Return rows that differ in the run's seed alone together, under one name.
+    """Return rows that differ only in the run's seed together, under one name.
 
     Names are written together as shells expand them: runs/clown-s{0,1}.
     """
@@ -29,8 +29,8 @@ def group_rows(rows: dict[str, Row]) -> dict[str, list[Row]]:
     for run, row in rows.items():
         same = tuple(row.get(name) for name in ("config", "samples", "seed", "real"))
         seeds = [rows[other]["run_seed"] for other in groups.get(same, [])]
-        alone = "config" not in row or row["run_seed"] in seeds  # A copy is no other seed.
-        groups.setdefault((run,) if alone else same, []).append(run)
+        single = "config" not in row or row["run_seed"] in seeds  # A copy is no other seed.
+        groups.setdefault((run,) if single else same, []).append(run)
     named = {}
     for runs in groups.values():
         start = len(os.path.commonprefix(runs)) if len(runs) > 1 else len(runs[0])
@@ -40,7 +40,7 @@ def group_rows(rows: dict[str, Row]) -> dict[str, list[Row]]:
 
 
 def score_names(rows: Iterable[Row]) -> list[str]:
-    """Return the names of all scores in rows; what true pictures get stands beside another."""
+    """Return the names of all scores in rows, without those of true pictures (`true_...`)."""
     names = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, float))
     return [name for name in names if name != "trunc" and not name.startswith("true_")]
 
@@ -66,7 +66,7 @@ def _numbers(rows: list[Row], name: str) -> list[float]:
 
 
 def markdown_table(rows: dict[str, Row]) -> str:
-    """Return a Markdown row per run, or per runs that differ in their seed alone."""
+    """Return a Markdown row per run; runs that differ only in their seed share one."""
     names = score_names(rows.values())
     lines = [["run", "method", "target", *names], ["---"] * (len(names) + 3)]
     for run, group in group_rows(rows).items():

@@ -369,7 +369,7 @@ class DiffusionPrior:
         }
 
     def _adapter_input(self, batch: int, image_embeds: Tensor | None, scale: float) -> dict:
-        """Return the IP-Adapter's input: without a picture, zeros at scale 0 for it insists."""
+        """Return the IP-Adapter's input: zeros at scale 0 without a picture, since it wants one."""
         if image_embeds is None:
             scale = 0.0
             config = self.image_encoder.config

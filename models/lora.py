@@ -50,7 +50,7 @@ ENDINGS = {
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",  # Of diffusers' attention processors.
+    "_lora.down.weight": "down",  # Names of diffusers' attention processors.
     "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
@@ -162,7 +162,7 @@ def _product(factors: dict[str, Tensor]) -> Tensor:
 def _hadamard_side(factors: dict[str, Tensor], side: int) -> Tensor:
     """Return one of the two matrices whose product by elements LoHa is."""
     a, b = factors[f"hada_w{side}_a"], factors[f"hada_w{side}_b"]
-    if f"hada_t{side}" in factors:  # Of a convolution: a [rank, out], b [rank, in].
+    if f"hada_t{side}" in factors:  # A convolution: a [rank, out], b [rank, in].
         return torch.einsum("ij...,jr,ip->pr...", factors[f"hada_t{side}"], b, a)
     return a @ b
 

@@ -37,9 +37,9 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 LAST_OF_OPEN_CLIP = f"{OPEN_CLIP}transformer.resblocks.23."
 TOKENIZER = "openai/clip-vit-large-patch14"
 SCALING_FACTOR = 0.18215
-MAX_GROUPS = 32  # Of group normalisation.
+MAX_GROUPS = 32  # Groups of a normalisation.
 HEAD_WIDTH = 64  # Channels of an attention head in CLIP, and in the UNet of version 2.
-HEADS = 8  # Of the UNet of version 1.
+HEADS = 8  # Attention heads of version 1's UNet.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # What a UNet with another number of input channels is.
 OTHER_INPUTS = {
@@ -137,7 +137,7 @@ def load_single_vae(
         tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if any(key.startswith(VAE) for key in tensors):
             tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if k.startswith(VAE)}
-        # Training's loss and averages may lie beside them.
+        # Training's loss and averages may lie next to them.
         parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
         tensors = {key: value for key, value in tensors.items() if key.startswith(parts)}
         if "encoder.conv_in.weight" not in tensors or "decoder.conv_out.weight" not in tensors:
@@ -173,21 +173,21 @@ def load_single_text_encoder(file: SingleFile, dtype: torch.dtype) -> CLIPTextMo
 
 
 def load_single_tokenizer(file: SingleFile) -> CLIPTokenizer:
-    """Return CLIP's tokenizer, which no checkpoint holds: from `tokenizer/` beside it, or the hub.
+    """Return CLIP's tokenizer, which no checkpoint holds: from `tokenizer/` next to it, or the hub.
 
     Raises:
         ValueError: it is in neither place; one line.
     """
-    beside = Path(file.path).parent / "tokenizer"
+    neighbour = Path(file.path).parent / "tokenizer"
     try:
-        if beside.is_dir():
-            tokenizer = load_tokenizer(str(beside))
+        if neighbour.is_dir():
+            tokenizer = load_tokenizer(str(neighbour))
         else:
             tokenizer = load_tokenizer(TOKENIZER)
     except ValueError as error:
         raise ValueError(
             f"{file.path}: a single file holds no tokenizer: put the folder tokenizer/ of a "
-            f"Stable Diffusion beside it, or download {TOKENIZER} once ({str(error)[:200]})"
+            f"Stable Diffusion next to it, or download {TOKENIZER} once ({str(error)[:200]})"
         ) from error
     if file.is_v2:
         tokenizer.pad_token = "!"

@@ -47,7 +47,7 @@ RUNS = Path("runs/experiments")
 DOCS = Path("docs")
 SOURCE = "checkpoints/puppets/generator.safetensors"
 TABLE = ("bronze", "clown", *HELD_OUT)  # The first two were tuned on.
-COMPARED = ("clown", "devil", "robot")  # Of the ablations: one that was tuned on, two held out.
+COMPARED = ("clown", "devil", "robot")  # In the ablations: one that was tuned on, two held out.
 PICTURED = ("bronze", "alien", "devil", "elf")  # In the figure of reference pictures.
 OURS, PAPERS = "GCA-3D", "GCA-3D without delta"  # With what this repository adds, and without.
 COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
@@ -76,8 +76,8 @@ HEADING = """# Results on the embedded world
 Written by `python -m puppets.experiments`; all scores are in `results.json`, under the names that
 eval.py gives them. In brackets: what the true pictures of the target domain get for the same score.
 Where there are several seeds: mean ± standard deviation over them of the domains' mean. Domains
-that were never looked at while tuning are held out. By CLIP, which NADA and 3D-Adapter optimise,
-all is read but L1, depth, multiview and what the oracle reads."""
+that were never looked at while tuning are held out. All scores except L1, depth, multiview and the
+oracle's use CLIP features, which NADA and 3D-Adapter optimise directly."""
 TRIALS = f"""Settings were chosen by runs of seed 11, scored on 64 latents of seed 77, which no
 table above uses; {", ".join(HELD_OUT)} were never among them. They were run one by one while the
 code was growing, and this script does not make them again; what they did otherwise than today's

@@ -168,7 +168,7 @@ def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
     """Return the domain that a run was asked for, a key of DOMAINS.
 
     A prompt, but for what it says of hair, stands for the domain whose own prompt CLIP finds
-    nearest, a picture alone for the one that the oracle reads.
+    nearest, a picture without words for the one that the oracle reads.
 
     Raises:
         ValueError: the prior lists no domains, or others than those of puppets.

@@ -24,7 +24,7 @@ from puppets.domains import DOMAINS
 from puppets.fit.pretrain import DIFFUSION, EAGER, OUT, Config, fit, percent, report, warm_start
 
 LENGTH = 32  # Tokens a prompt can have.
-WIDTH = 128  # Of text and picture embeddings.
+WIDTH = 128  # Width of text and picture embeddings.
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -78,7 +78,7 @@ def train(cfg: Config) -> None:
     """Train the CLIP pair: InfoNCE over captions and over the domains' own prompts.
 
     Captions that read the same count as the same. With `--warm-start` the text tower, which the
-    UNet has learnt to read, is locked and the picture tower goes on alone (LiT, arXiv:2111.07991).
+    UNet has learnt to read, is locked, and only the picture tower learns (LiT, arXiv:2111.07991).
     """
     data = load(keys=("rgb", "caption", "domain"))
     # Learnt again, ties between pairs could fall otherwise under the locked tower.

@@ -123,7 +123,7 @@ def point_terms(
     out = G.sample_mixed(points, torch.zeros_like(points), ws, planes=planes)
     near_color = out["rgb"][:, :rays, :3].float()
     density = out["sigma"].float().squeeze(-1) - 1
-    thickness = 0.010 * F.softplus(density)  # Of a centimetre of it.
+    thickness = 0.010 * F.softplus(density)  # Optical thickness of one centimetre.
     # Cross entropy of the opacity 1 - exp(-thickness) with the truth; linear far on the wrong side.
     missing = -torch.log(-torch.expm1(-thickness.clamp(min=1e-6)))
     missing = torch.where(density < -8, 4.6 - density, missing)

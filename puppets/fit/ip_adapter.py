@@ -110,7 +110,7 @@ def train(cfg: Config) -> None:
 
 
 def report_ip_adapter(cfg: Config, minutes: float) -> None:
-    """Sample from held-out pictures alone and count the domains that come back."""
+    """Sample from held-out pictures, without words, and count the domains that come back."""
     prior = DiffusionPrior.from_pretrained(DIFFUSION)
     clip = ClipFeatures.from_pretrained(OUT / "clip")
     held_out = load(validation=True, limit=2, keys=("rgb", "domain"))

@@ -31,7 +31,7 @@ OUT = Path("checkpoints/puppets")
 DIFFUSION = OUT / "diffusion"
 EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 SAVE_SECONDS = 180
-WARM_RATE = 0.4  # Of the learning rate: the full one would first undo what a warm start knows.
+WARM_RATE = 0.4  # Times the learning rate: the full one would undo what a warm start knows.
 Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator"]
 
 
@@ -49,7 +49,7 @@ class Config:
 
 
 class Averages:
-    """Exponential moving average of some parameters, kept beside them."""
+    """Exponential moving average of some parameters, kept next to them."""
 
     def __init__(self, params: list[nn.Parameter], decay: float = 0.998) -> None:
         """Start at the parameters' values."""

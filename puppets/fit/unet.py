@@ -155,7 +155,7 @@ def train(cfg: Config) -> None:
         noise = torch.randn_like(z0)
         a = abar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z0 + (1 - a).sqrt() * noise
-        with_depth = 19  # Of 32; the rest runs without the ControlNet.
+        with_depth = 19  # The other 13 of 32 run without the ControlNet.
         hint = rough_depth(
             data["depth"][rows[:with_depth].numpy()], data["mask"][rows[:with_depth].numpy()]
         ).to(cfg.device)

@@ -32,7 +32,7 @@ def build_vae() -> AutoencoderKL:
 def train(cfg: Config) -> None:
     """Train the autoencoder on random crops: L1, L2, gradient L1 and a little KL, no critic.
 
-    Half of the crops are recoloured. An autoencoder that knew the domains alone would give any
+    Half of the crops are recoloured. An autoencoder that knew only the domains would give any
     picture the latents of the nearest one, and distillation, which goes through the encoder, would
     end in pictures that only the encoder takes for the target. With `--warm-start` the latents of
     the others, which the UNet has learnt, are held.
