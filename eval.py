@@ -5,11 +5,12 @@
     python eval.py --ckpt runs/a-bronze-statue --real photos/bronze-statues
 
 Source and adapted generator render the same latents from the same cameras, with the run's own
-truncation. Features are those of the frozen CLIP image tower, which no loss of GCA-3D uses. Writes
-JSON, one object per run; objects of other runs in the file stay. A run that has not changed since is
-not scored again. Prints and writes tables of all rows in the file: results-table.md, where runs that
-differ only in their seed are one row, mean ± standard deviation; results-table.csv, every run by
-itself; and with matplotlib results-bars.png and results-steps.png, the terms of the logs over the
+truncation. Features are those of the frozen CLIP image tower, which no loss of GCA-3D uses.
+
+Writes JSON, one object per run; objects of other runs in the file stay. A run that has not changed
+since is not scored again. Prints and writes tables of all rows in the file: results-table.md, where
+runs that differ only by seed are one row, mean ± standard deviation; results-table.csv, every run
+by itself; and with matplotlib results-bars.png and results-steps.png, the logged terms over the
 steps.
 """
 

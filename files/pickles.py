@@ -66,7 +66,6 @@ class Inert:
     __slots__ = ("args", "items", "name", "state")
 
     def __init__(self, name: str, args: tuple = (), state: Any = None) -> None:
-        """Note what is known of the object."""
         self.name, self.args, self.state = name, args, state
         self.items: dict[str, Any] = {}
 
@@ -77,7 +76,6 @@ class Storage:
     __slots__ = ("count", "data", "name")
 
     def __init__(self, name: str, count: int) -> None:
-        """Note what is known of the numbers."""
         self.name, self.count = name, count
         self.data: memoryview | None = None
 

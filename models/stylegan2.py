@@ -395,7 +395,7 @@ class Generator(nn.Module):
         mapping_kwargs: dict,
         synthesis_kwargs: dict,
     ) -> None:
-        """Create both; the two dicts are keyword arguments of the networks."""
+        """Create both networks, each from its dict of keyword arguments."""
         super().__init__()
         self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
         self.num_ws = self.synthesis.num_ws
