@@ -365,7 +365,8 @@ def render_all(
         maps = [out[name] for name in ("image", "image_depth", "mask")]  # Each [K, ...].
         parts.append([x[k] for k in range(1 + front) for x in maps])
     stacks = [torch.stack(part) for part in zip(*parts, strict=True)]
-    return Renders(*(stacks if front else 2 * stacks))
+    sideways, frontal_maps = stacks[:3], stacks[3:] or stacks[:3]
+    return Renders(*sideways, *frontal_maps)
 
 
 @functools.lru_cache(maxsize=1)

@@ -173,7 +173,8 @@ def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | st
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() else "# How the embedded checkpoints were made\n"
     sections = {s.split("\n", 1)[0]: s for s in text.split("\n## ")}
-    options = " --warm-start" * cfg.warm_start + (f" --steps {cfg.steps}" if cfg.steps else "")
+    options = " --warm-start" if cfg.warm_start else ""
+    options += f" --steps {cfg.steps}" if cfg.steps else ""
     command = f"python -m puppets.fit.pretrain {part}{options}"
     lines = [f"{part}\n", f"`{command}`, seed 0, {minutes:.0f} minutes on {cfg.device}", ""]
     lines += ["| figure | value |", "|---|---|"]
