@@ -67,6 +67,12 @@ OTHER_KINDS = {
     r".*vera_lambda": "a VeRA",
     r".*lora_embedding_[AB]": "a LoRA of an embedding",
 }
+# How names of layers begin in LoRAs of other models.
+STRANGERS = {
+    r"lora_te2_|text_encoder_2\.|lora_unet_(input|output|middle)_block": "Stable Diffusion XL",
+    r"lora_unet_joint_blocks|lora_te3_": "Stable Diffusion 3",
+    r"lora_unet_(double|single)_blocks|transformer\.": "Flux or Stable Diffusion 3",
+}
 FACTORS = (
     {"up", "down"},
     {"up", "mid", "down"},
@@ -242,7 +248,8 @@ def _place(key: str, layers: dict[str, tuple]) -> tuple[nn.Module, str, str]:
         name = key.removesuffix(ending).replace(".processor.", ".")
         if name in layers:
             return *layers[name], part
-        raise ValueError(f"is of another model: no layer for {key}")
+        of = next((f" ({name})" for start, name in STRANGERS.items() if re.match(start, key)), "")
+        raise ValueError(f"is of another model{of}: no layer for {key}")
     raise ValueError(f"holds more than LoRA weights: {key}")
 
 
