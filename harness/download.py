@@ -1,6 +1,6 @@
 """Files by name: a hub id `user/repo/file` or an http(s) URL, downloaded once and kept.
 
-Hub files are kept where huggingface_hub keeps them, other files in gca3d/ beside those (in
+Hub files are kept where huggingface_hub keeps them, other files in gca3d/ next to those (in
 ~/.cache/huggingface, or wherever HF_HOME says). A file that is kept is used without asking anybody
 for news; with HF_HUB_OFFLINE=1 nobody is asked for others either.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 FILE_PART = r"(?!\.{1,2}(?:/|$)|\.git(?:/|$))[^/\x00-\x1f\x7f]{1,255}"
 PART = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"  # Not \w, which knows more letters.
 HUB_ID = f"{PART}/{PART}"
-TIMEOUT = 20  # Of any wait for a server [s].
+TIMEOUT = 20  # Longest wait for a server [s].
 MAX_SHOWN = 300  # Letters of a name or reason in a message.
 CHUNK = 2**20  # Bytes read at once.
 LFS_POINTER = b"version https://git-lfs.github.com/"  # What git keeps in place of a large file.

@@ -42,15 +42,15 @@ from models.vae import cell_size, check_images, load_other_vae, load_vae
 from models.weight_files import fetch_file, is_file
 
 SINGLE_FILES = (".safetensors", ".ckpt")
-MAX_STEPS = 100_000  # Of a noise schedule; Stable Diffusion has 1000.
-MAX_CELLS = 512  # Of latents along a side; Stable Diffusion has 64 or 96.
-CELLS_OF_VELOCITY = 96  # Of version 2's model for 768 px, the one that predicts velocity.
-OLD_VERSIONS = re.compile(r"0\.[0-8](?!\d)")  # Of diffusers, which wrote 32 cells instead of 64.
+MAX_STEPS = 100_000  # In a noise schedule; Stable Diffusion has 1000.
+MAX_CELLS = 512  # Along a side of latents; Stable Diffusion has 64 or 96.
+CELLS_OF_VELOCITY = 96  # Version 2's model for 768 px is the one that predicts velocity.
+OLD_VERSIONS = re.compile(r"0\.[0-8](?!\d)")  # Versions of diffusers that wrote 32 cells, not 64.
 USUAL_CELLS = 64
 TEXT_WIDTHS = {"768": " (Stable Diffusion 1.x)", "1024": " (Stable Diffusion 2.x)"}
 # What a config must say, since anything else would be ignored here or fail in the first step.
 UNET_CONFIG = {
-    "time_cond_proj_dim": None,  # Of guidance-distilled (LCM) networks, which give no scores.
+    "time_cond_proj_dim": None,  # Guidance-distilled (LCM) networks have it, and give no scores.
     "class_embed_type": None,
     "num_class_embeds": None,
     "addition_embed_type": None,
