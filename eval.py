@@ -266,7 +266,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = load_clip(locate(settings["clip"]), device)
-    real = embed_pictures(clip, cfg)  # [K, D]
+    real = embed_pictures(clip, pictures(cfg.real)) if cfg.real else None  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
@@ -373,18 +373,16 @@ def load_clip(source: str, device: torch.device) -> ClipFeatures:
 
 
 @functools.lru_cache(maxsize=1)
-def embed_pictures(clip: ClipFeatures, cfg: Config) -> Tensor | None:
-    """Return CLIP's unit embeddings of the pictures of --real, [K, D]; None without the option.
+def embed_pictures(clip: ClipFeatures, files: Pictures) -> Tensor:
+    """Return CLIP's unit embeddings of the pictures of --real, [K, D].
 
     Says how many were found and used; those that cannot be read are named and left out.
 
     Raises:
         ValueError: too few can be read.
     """
-    if cfg.real is None:
-        return None
     size = clip.model.config.vision_config.image_size
-    files, parts, failed = pictures(cfg.real), [], []
+    parts, failed = [], []
     for path, *_ in tqdm(files, desc="real", unit="picture", leave=False):
         try:
             square = to_image(read_picture(path))
@@ -395,7 +393,7 @@ def embed_pictures(clip: ClipFeatures, cfg: Config) -> Tensor | None:
         with torch.no_grad():
             parts.append(clip.images(image.to(clip.model.device)).cpu())
     left_out = f"; cannot be read: {', '.join(failed)}" if failed else ""
-    said = f"--real {cfg.real}: {len(files)} pictures found, {len(parts)} used{left_out}"
+    said = f"--real: {len(files)} pictures found, {len(parts)} used{left_out}"
     if len(parts) < FEWEST:
         raise ValueError(f"{said}; {FEWEST} are the least")
     tqdm.write(said, file=sys.stderr)

@@ -474,6 +474,7 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         device=device,
         vae=locate(cfg.vae) if cfg.vae else None,
         loras=tuple((locate(file), weight) for file, weight in cfg.lora),
+        embeddings=tuple(map(locate, cfg.embedding)),
         vae_dtype=PRECISIONS[cfg.vae_precision],
         recompute_vae=cfg.low_memory,
     )

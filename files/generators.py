@@ -9,7 +9,6 @@ hub id or URL (harness/download.py).
 import json
 import os
 import pickle
-import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from files.official import read_official_pickle, read_saved_file
 from harness.download import check_downloaded, fetch
-from harness.store import atomic_write
+from harness.store import checksum, write_bytes
 from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
 from models.limits import is_number
@@ -86,9 +85,9 @@ def save_generator(
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
     _check_finite(tensors)
-    metadata["checksum"] = _checksum(metadata, tensors)
+    metadata["checksum"] = json.dumps(_checksum(metadata, tensors))
     content = _sort_header(safetensors.torch.save(tensors, metadata))
-    atomic_write(path, lambda file: file.write(content))
+    write_bytes(path, content)
 
 
 def _find_generator(source: str | Path) -> Path:
@@ -155,11 +154,11 @@ def _read_generator(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """Return a checksum of all that a file holds, by which damage is noticed."""
-    crc = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        crc = zlib.crc32(f"{name} {list(tensors[name].shape)}".encode(), crc)
-        crc = zlib.crc32(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy(), crc)
-    return f"crc32 {crc:08x}"
+    parts = [json.dumps(metadata, sort_keys=True).encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts.append(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return checksum(*parts)
 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -172,8 +171,8 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"not written by this project ({held})")
         # Copied, since the generator must not depend on the file any more.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        checksum = metadata.pop("checksum", None)  # Older files have none.
-        if checksum not in (None, _checksum(metadata, tensors)):
+        noted = metadata.pop("checksum", None)  # Older files have none.
+        if noted and json.loads(noted) != _checksum(metadata, tensors):
             raise ValueError("it is damaged: its bytes have changed since it was written")
         header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
         return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}

@@ -22,12 +22,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         path: Where to; the digits in its name are the step.
         state: Nested dicts and lists of tensors, numbers and strings; `step` is in it.
     """
-    try:
-        atomic_write(path, lambda file: torch.save(state, file))
-    except RuntimeError as error:  # What torch makes of a full disk.
-        if not isinstance(error.__context__, OSError):
-            raise
-        raise OSError(f"{path} cannot be written: {error.__context__.strerror}") from error
+    atomic_write(path, lambda file: torch.save(state, file))
     for old in _checkpoints(Path(path).parent)[KEPT_CHECKPOINTS:]:
         old.unlink()
 
@@ -35,7 +30,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 def load_checkpoint(folder: str | Path) -> dict | None:
     """Return the newest training state of a run that can be read, tensors on the CPU, or None.
 
-    A file that cannot be read is passed over with a line on stderr.
+    A file that cannot be read, or whose bytes have changed, is passed over with a line on stderr.
     """
     for path in _checkpoints(Path(folder)):
         try:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
+from itertools import takewhile
 from typing import Any, TextIO, TypeVar
 
 import tyro
@@ -29,7 +29,7 @@ def run_cli(
         additive: Options that may be repeated, whose values then add up.
     """
     with exit_codes():
-        argv = merge_repeats(sys.argv[1:], additive)
+        argv = merge_repeats(expand_home(sys.argv[1:]), additive)
         main(parse_options(config, argv, description))
 
 
@@ -44,9 +44,8 @@ def read_options(
     Scripts call this before they import torch, which takes seconds. Arguments as in `run_cli`.
     """
     with exit_codes(alike=True):
-        # Shells leave the ~ of --out=~/x as it is; no option of these scripts is a text.
-        argv = [re.sub("(?:^|(?<==))~(?=/|$)", str(Path.home()), word) for word in sys.argv[1:]]
-        cfg = parse_options(config, merge_repeats(argv, additive), description)
+        argv = merge_repeats(expand_home(sys.argv[1:]), additive)
+        cfg = parse_options(config, argv, description)
         check(cfg)
         return cfg
 
@@ -74,12 +73,13 @@ def exit_codes(alike: bool = False) -> Iterator[None]:
         if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: out of memory (README.md says what needs less): {reason}", file=err)
+        print(f"error: out of memory (docs/performance.md has advice): {reason}", file=err)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         out.flush()
+        err.flush()
 
 
 class Unfailing:
@@ -88,26 +88,29 @@ class Unfailing:
     Consoles may lack a character (Windows' code pages, LANG=C), terminals and pipes may be gone.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        """Wrap a stream."""
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        """Wrap a stream; Python has None for one that was closed before it started."""
+        self.stream = stream or io.StringIO()
 
     def write(self, text: str) -> int:
         """Write what can be written; a character that the stream lacks becomes its escape."""
         with suppress(OSError, ValueError):  # UnicodeEncodeError is a ValueError.
             return self.stream.write(text)
         with suppress(OSError, ValueError):
-            return self.stream.write(text.encode("ascii", "backslashreplace").decode())
+            known = self.stream.encoding or "ascii"
+            return self.stream.write(text.encode(known, "backslashreplace").decode(known))
         return len(text)
 
     def flush(self) -> None:
-        """Flush; a pipe that nobody reads is closed for good, or Python would complain at exit."""
+        """Flush; what nobody reads any more is led nowhere.
+
+        Otherwise Python would fail to flush it at exit, and exit with code 120.
+        """
         try:
             self.stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except (OSError, ValueError):
-            pass
+            with suppress(OSError, ValueError):  # A stream without a file has nothing to lead.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         """Return whatever else the stream has."""
@@ -146,13 +149,32 @@ def parse_options(
             return tyro.cli(config, args=argv, description=description, default=default)
     except SystemExit as stop:
         if stop.code:  # None or 0 after --help.
-            # tyro has no hook for its messages: a box with a title, the reason, a rule, advice.
-            title, *lines = (line.strip(" │╭╮╰╯─") for line in box.getvalue().splitlines())
-            reason = " ".join("\n".join(lines).strip().split("\n\n")[0].splitlines()) or title
-            meant = re.search(r"you meant:.*?(--[\w.-]+)", " ".join(lines))
-            hint = f"perhaps {meant[1]}; " if meant else ""
-            print(f"error: {reason.rstrip('.')} ({hint}--help lists all options)", file=sys.stderr)
+            print(f"error: {_reason(box.getvalue())}; --help lists all options", file=sys.stderr)
         raise
+
+
+def _reason(box: str) -> str:
+    """Return what tyro says of a mistake in one line; it has no hook for that (1.0.17).
+
+    Its box has a title, the reason, a rule, and perhaps the options that could have been meant.
+    """
+    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()[1:]]
+    reason = " ".join(takewhile(bool, lines)).rstrip(".")
+    meant = re.search(r"you meant:.*?(--[\w.-]+)", " ".join(lines))
+    return f"{reason}; perhaps {meant[1]}" if meant else reason
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """Replace the ~ of values such as ~/run and --out=~/run, which shells may leave as it is.
+
+    For scripts whose options are names, paths and numbers; a text such as a prompt stays as typed.
+    """
+
+    def expand(word: str) -> str:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return flag + equals + os.path.expanduser(value)
+
+    return [expand(word) for word in argv]
 
 
 def merge_repeats(argv: Sequence[str], additive: Collection[str]) -> list[str]:
@@ -165,23 +187,28 @@ def merge_repeats(argv: Sequence[str], additive: Collection[str]) -> list[str]:
     Raises:
         ValueError: another option is given twice.
     """
-    words: dict[str, list[str]] = {"": []}  # Each option's values, in order of appearance.
-    flag = ""
+    given: list[list[str]] = [[]]  # Each option and its values; first what stands before them all.
     for word in argv:
-        if not re.match(r"--?[A-Za-z]", word):  # A value; -1 is one too.
-            words[flag].append(word)
-            continue
-        name, equals, value = word.partition("=")
-        flag = "--" + name.lstrip("-").replace("_", "-") if name.startswith("--") else name
-        values = [value] if equals else []
-        if flag not in words:
-            words[flag] = values
-        elif flag.lstrip("-").replace("-", "_") in additive:
-            words[flag] += values
+        if re.match(r"--?[A-Za-z]", word):  # A number such as -1 is a value.
+            given.append([word])
         else:
-            raise ValueError(f"{flag} is given twice")
-    before = words.pop("")
-    return before + [word for flag, values in words.items() for word in (flag, *values)]
+            given[-1].append(word)
+    merged: dict[str, list[str]] = {"": given[0]}
+    values_of: dict[str, list[str]] = {}
+    for first, *more in given[1:]:
+        flag, equals, value = first.partition("=")
+        flag = flag.replace("_", "-")
+        values = [value, *more] if equals else more
+        adds_up = flag.lstrip("-").replace("-", "_") in additive
+        if flag not in merged:
+            merged[flag] = [flag, *values] if adds_up else [first, *more]
+            values_of[flag] = values
+        elif adds_up:
+            merged[flag] += values
+        else:
+            both = " and ".join(" ".join(words) for words in (values_of[flag], values) if words)
+            raise ValueError(f"{flag} is given twice" + (f": {both}" if both else ""))
+    return [word for words in merged.values() for word in words]
 
 
 @contextmanager

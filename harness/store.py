@@ -1,14 +1,28 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and checksums of what is in them."""
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 
+def checksum(*parts: bytes | memoryview) -> str:
+    """Return a checksum of bytes, the same however they are cut into parts."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return f"crc32 {crc:08x}"
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, completely or not at all."""
+    atomic_write(path, lambda file: file.write(content))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text in UTF-8, completely or not at all."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -17,6 +31,9 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
         path: The file; its folder exists.
         write: Called with a binary file to write the content to.
+
+    Raises:
+        OSError: naming the file, such as one for which the disk has no space.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -26,6 +43,10 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # torch.save ends with a RuntimeError of its own ("unexpected pos") where the disk is full.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.store import atomic_write
+from harness.store import write_bytes
 from models.eg3d import TriPlaneGenerator
 from models.renderer import pixel_rays
 
@@ -124,4 +124,4 @@ end_header
     faces = np.empty(len(mesh.triangles), [("count", "u1"), ("corners", "<i4", 3)])
     faces["count"], faces["corners"] = 3, mesh.triangles
     content = header.encode() + vertices.tobytes() + faces.tobytes()
-    atomic_write(path, lambda file: file.write(content))
+    write_bytes(path, content)

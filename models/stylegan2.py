@@ -253,11 +253,18 @@ class ToRGB(nn.Module):
         """Map [B, C, H, W] with styles from w [B, D] to float32 images [B, C', H, W]."""
         styles = self.affine(w) / math.sqrt(x.shape[1])  # [B, C]
         weight = (self.weight[:, :, 0, 0] * styles[:, None]).to(x.dtype)  # [B, C', C]
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]
-        rgb = torch.baddbmm(self.bias.to(x.dtype), pixels, weight.transpose(1, 2))  # [B, HW, C']
+        bias = self.bias.to(x.dtype)
+        # In the layout of x: across it, the last layer of a CPU's training took 30 times as long.
+        if x.is_contiguous():
+            rgb = torch.baddbmm(bias[:, None], weight, x.flatten(2))  # [B, C', HW]
+            rgb = rgb.unflatten(2, x.shape[2:])  # [B, C', H, W]
+        else:
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]
+            rgb = torch.baddbmm(bias, pixels, weight.transpose(1, 2))  # [B, HW, C']
+            rgb = rgb.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C', H, W]
         if self.conv_clamp is not None:
             rgb = F.hardtanh_(rgb, -self.conv_clamp, self.conv_clamp)
-        return rgb.float().unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C', H, W]
+        return rgb.float()
 
 
 class SynthesisBlock(nn.Module):

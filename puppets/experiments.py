@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -69,6 +70,7 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48
+LABEL_HEIGHT = 22  # Above the columns [px].
 HEADING = """# Results on the embedded world
 
 Written by `python -m puppets.experiments`; all scores are in `results.json`, under the names that
@@ -257,6 +259,9 @@ def command(name: str, options: dict) -> str:
     words = ["python", "train.py"]
     for option, value in (options | {"out": RUNS / name}).items():
         flag = f"--{option.replace('_', '-')}"
+        if value is False:
+            words.append(f"--no-{flag[2:]}")
+            continue
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, values in parts:  # Weights have a flag each.
             words += [f"{flag}.{part}".rstrip("."), *np.ravel(np.array(values, object)).astype(str)]
@@ -406,16 +411,32 @@ def save_sheet(
 
 
 def draw_orbit() -> None:
-    """Draw two heads that turn: the source's and, beside it, what they became."""
-    runs = [RUNS / run_name(GROUPS["words"], OURS, domain, 0) for domain in TURNING]
-    networks = [load_generator(SOURCE)]
-    networks += [load_generator(run) for run in runs if (run / "generator.safetensors").exists()]
+    """Draw two heads that turn: the source's and, next to it, what each prompt made of them."""
+    domains = [d for d in TURNING if (orbit_run(d) / "generator.safetensors").exists()]
+    networks = [load_generator(SOURCE), *(load_generator(orbit_run(d)) for d in domains)]
     heads = [
         zip(*(orbit(seed_to_subject(G, head), TURNING_FRAMES) for G in networks), strict=True)
         for head in FIGURE_SEEDS[:2]
     ]
     frames = [image_grid([torch.cat(row) for row in rows]) for rows in zip(*heads, strict=True)]
-    save_video(frames, DOCS / "orbit.webp")
+    titles = ["source", *(DOMAINS[domain].phrases[0] for domain in domains)]
+    save_video([label_columns(frame, titles) for frame in frames], DOCS / "orbit.webp")
+
+
+def orbit_run(domain: str) -> Path:
+    """Return the run whose heads turn in the figure."""
+    return RUNS / run_name(GROUPS["words"], OURS, domain, 0)
+
+
+def label_columns(picture: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """Write a title above each of the columns of a picture."""
+    page = Image.new("RGB", (picture.width, picture.height + LABEL_HEIGHT), "white")
+    page.paste(picture, (0, LABEL_HEIGHT))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    width = picture.width / len(titles)
+    for i, title in enumerate(titles):
+        pen.text(((i + 0.5) * width, LABEL_HEIGHT / 2), title, "black", font, anchor="mm")
+    return page
 
 
 def show(G: TriPlaneGenerator) -> Tensor:

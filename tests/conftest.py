@@ -18,3 +18,4 @@ from prior_fixtures import (  # noqa: F401
     taesd,
     taesd_folder,
 )
+from run_fixtures import copied, finished  # noqa: F401

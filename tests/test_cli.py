@@ -25,7 +25,7 @@ import train
 from config import parse
 from files.generators import save_generator
 from harness.cli import exit_codes, run_cli
-from harness.run_folder import remove_leftovers, sole_writer
+from harness.run_folder import sole_writer
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [
@@ -88,19 +88,57 @@ def test_help_explains_every_option(script, call):
     assert len(explained) == len(flags)  # No two options share a sentence.
 
 
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
+
+
 def readme_commands():
-    """Return every `x.py ...` that python or a launcher starts in the sh blocks of the README."""
-    text = (REPOSITORY / "README.md").read_text()
+    """Return every `x.py ...` that python or a launcher starts in the sh blocks of all pages."""
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "results.md")
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = re.split(r"\n|&&", "\n".join(blocks).replace("\\\n", " "))
-    commands = [shlex.split(line, comments=True) for line in lines]
+    commands = [shlex.split(line, comments=True) for line in lines if "done" not in line]
     names = {f"{script.__name__}.py" for script in SCRIPTS}
     starts = [next((i for i, word in enumerate(c) if word in names), None) for c in commands]
-    return [c[i:] for c, i in zip(commands, starts, strict=True) if i is not None]
+    found = [c[i:] for c, i in zip(commands, starts, strict=True) if i is not None]
+    return [list(command) for command in dict.fromkeys(map(tuple, found))]
 
 
 def test_readme_has_commands():
-    assert len(readme_commands()) >= 4
+    assert len(readme_commands()) >= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in links)
+
+
+def test_the_recipe_for_a_loss_can_be_pasted(tmp_path):
+    """In a copy of the repository, run with the term that CONTRIBUTING.md adds."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    block = re.search(r"```python\n# losses.py\n(.*?)```", text, re.DOTALL)[1]
+    loss, row, weight = re.split(r"# terms\.py.*|# config\.py.*", block)
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".git", "docs", "tests", "runs", "puppets", ".pretrain")
+    shutil.copytree(REPOSITORY, copy, ignore=ignored)
+    for file, before, pasted in (
+        ("losses.py", "def dsds_loss(", f"{loss.strip()}\n\n\n"),
+        ("terms.py", '    "dsds": Term(', f"    {row.strip()}\n"),
+        ("terms.py", "    dsds_loss,\n", "    tv_loss,\n"),  # The import.
+        ("config.py", "    dsds: Weight = ", f"    {weight.strip()}\n"),
+    ):
+        content = (copy / file).read_text()
+        assert content.count(before) >= 1
+        (copy / file).write_text(content.replace(before, pasted + before, 1))
+    argv = ["--weights.tv", "0.1", "--weights.dsds", "0", "--weights.hsc", "0"]
+    command = [sys.executable, "train.py", *arguments(tmp_path / "run", steps=1), *argv]
+    subprocess.run(command, cwd=copy, check=True)
+    row = json.loads((tmp_path / "run/log.jsonl").read_text())
+    assert row["tv"] > 0 and row["tv_grad"] > 0
+    help_text = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=copy, check=True, capture_output=True, text=True
+    ).stdout
+    assert "Total variation." in help_text
 
 
 @pytest.mark.parametrize("argv", readme_commands(), ids=" ".join)
@@ -401,15 +439,6 @@ def test_a_source_that_changed_since_is_no_source(tmp_path, call, capsys):
     assert not (tmp_path / "x.json").exists()
 
 
-def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
-    ours = (".config.json.tmp", ".grid-000003.png.tmp", ".ckpt-000001.pt.tmp", ".log.jsonl.tmp")
-    others = {"mine.tmp", ".notes.tmp", ".vimrc.tmp", "ckpt-000001.pt"}
-    for name in (*ours, *others):
-        (tmp_path / name).write_bytes(b"")
-    remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == others
-
-
 def test_what_does_not_shape_the_result_may_change(tmp_path):
     run(tmp_path / "a", steps=1)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -483,7 +512,7 @@ def test_render_refuses_in_one_line(tmp_path, call, seeds):
         (f"--samples {10**25}", "--samples"),
         (f"--ckpt {'x' * 300}", "too long"),
         ("--seed -1", "--seed"),
-        ("--real nowhere", "--real nowhere: No such"),
+        ("--real nowhere", "--real nowhere: no such folder"),
         ("--real .", "0 pictures"),
         ("--ckpt nowhere", "nowhere"),
         ("--ckpt .", "config.json"),

@@ -1,11 +1,10 @@
+"""eval.py: what each score sees of known changes, and when a run is scored again."""
+
 import csv
 import json
-import re
-import shlex
 import shutil
-from collections import Counter
 from dataclasses import replace
-from math import asin, degrees, pi, sin, tan
+from math import degrees
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,25 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
-from tiny_run import RENDERING, build_generator, hurry, run, world
+from tiny_run import build_generator, change_settings, world
 
-import config
 import eval as evaluation
 import metrics
-import train
 from eval import Config, Renders, Source, Views
 from files.generators import load_generator, save_generator
-from harness import tables
-from harness.pictures import image_grid, save_image, to_uint8
-from harness.run_folder import REPOSITORY
-from models.cameras import orbit
-from models.eg3d import TriPlaneGenerator
+from harness.pictures import image_grid, save_image
 from models.fingerprints import fingerprint_generator
-from models.renderer import pixel_rays
-from puppets import experiments, heads, oracle
-from puppets.data import CAMERAS, DOMAIN_NAMES
-from puppets.domains import DOMAINS, HELD_OUT
 
 
 class FakeClip:
@@ -79,31 +67,10 @@ def no_plots(monkeypatch):
         monkeypatch.setattr(evaluation, name, lambda *_: None)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run folder of two steps, only to be read."""
-    with pytest.MonkeyPatch.context() as patch:
-        hurry(patch)
-        run(tmp_path_factory.mktemp("eval") / "run", steps=2)
-    return tmp_path_factory.getbasetemp() / "eval0" / "run"
-
-
-@pytest.fixture
-def copied(finished, tmp_path, monkeypatch):
-    """A copy of it that may be changed."""
-    hurry(monkeypatch)
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def score(ckpt, out, **changes):
     """Run eval.py on eight samples and return the rows it wrote."""
     evaluation.main(Config(ckpt=(ckpt,), out=out, samples=8, device="cpu", **changes))
     return json.loads(out.read_text())
-
-
-def change_settings(ckpt, **changes):
-    path = ckpt / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def depth_corr(source, adapted):
@@ -111,23 +78,6 @@ def depth_corr(source, adapted):
 
 
 CFG = Config(ckpt=(), batch=16)
-
-
-def test_direction_is_where_the_orbit_puts_the_camera():
-    angles = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, -0.2], [-0.4, 0.3]])
-    eye = F.normalize(orbit(*angles.T, radius=1.7, pivot=(0.0, 0.0, 0.0))[:, :3, 3], dim=1)
-    torch.testing.assert_close(metrics.direction(angles), eye)
-    turned = metrics.angle_deg(eye, eye[:1].expand(4, 3))
-    torch.testing.assert_close(turned[1].item(), degrees(0.5), rtol=1e-4, atol=0)
-    # Pitch is uniform in area: -0.2 is an elevation of asin(0.4 / pi), not 0.2.
-    torch.testing.assert_close(turned[2].item(), degrees(asin(0.4 / pi)), rtol=1e-4, atol=0)
-
-
-def test_angles_are_exact_where_arccos_is_not():
-    a = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    b = torch.tensor([[1e-4, 0.0, 1.0], [0.0, 0.0, -1.0]])
-    expected = torch.tensor([degrees(1e-4), 180.0])
-    torch.testing.assert_close(metrics.angle_deg(a, b), expected)
 
 
 def test_an_unchanged_generator_scores_perfectly(scene):
@@ -221,25 +171,6 @@ def test_views_to_be_scored_fill_the_range_of_the_cameras():
         assert abs(views.z.mean()) < 0.05 and views.z.std() == pytest.approx(1, abs=0.05)
 
 
-def test_reversed_depth_correlates_negatively_and_flat_depth_not_at_all(scene):
-    source = scene.renders
-    turned = replace(source, depth=-source.depth)
-    assert depth_corr(source, turned) == pytest.approx(-1, abs=1e-5)
-    flat = replace(source, depth=torch.full_like(source.depth, 2.7))
-    assert depth_corr(source, flat) == 0
-    half = replace(source, depth=torch.cat([source.depth[:24], flat.depth[24:]]))
-    assert depth_corr(source, half) == pytest.approx(0.5, abs=1e-5)
-    empty = replace(source, mask=torch.zeros_like(source.mask))
-    assert depth_corr(empty, source) == 0
-
-
-def test_gain_is_what_the_adapted_pictures_have_beyond_the_source():
-    target, other = torch.eye(4)[:1], torch.eye(4)[1:2]
-    assert metrics.cosine_gain(target, other.repeat(3, 1), target.repeat(3, 1)) == (1, 1)
-    same = F.normalize(torch.randn(8, 4), dim=1)
-    assert metrics.cosine_gain(target, same, same)[1] == 0
-
-
 class NamingClip(FakeClip):
     """A CLIP that knows brightness as words."""
 
@@ -282,77 +213,6 @@ def test_depth_is_compared_on_the_foreground_of_the_source(finished):
     adapted = replace(source, mask=torch.zeros_like(source.mask))
     scores = evaluation.geometry(G, Source(views, source, views, source), adapted)
     assert scores["depth_corr"] == pytest.approx(1, abs=1e-5)
-
-
-def features(count, seed, width=16):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, width, generator=generator), dim=1)
-
-
-def test_equal_sets_have_no_distance_and_shifted_ones_their_shift():
-    pytest.importorskip("torchmetrics")
-    real = features(96, seed=0)
-    same = metrics.distances(real, real.flip(0))
-    assert same["fid"] == pytest.approx(0, abs=1e-6) and -0.2 < same["kid"] <= 0
-    scores = [metrics.distances(real, real + shift) for shift in (0.1, 0.2, 0.4)]
-    # Of 16 features scaled by 4, each is shifted by 4 times the shift.
-    expected = [16 * (4 * shift) ** 2 for shift in (0.1, 0.2, 0.4)]
-    assert [score["fid"] for score in scores] == pytest.approx(expected, rel=1e-4)
-    kid = [same["kid"], *(score["kid"] for score in scores)]
-    assert kid == sorted(kid) and kid[1] - kid[0] > 0.01
-
-
-def test_distances_are_the_same_at_every_call_and_draw_nothing():
-    pytest.importorskip("torchmetrics")
-    real, after = features(96, seed=0), features(40, seed=1)
-    torch.manual_seed(1)
-    first = metrics.distances(real, after)
-    drawn = torch.rand(1)
-    torch.manual_seed(1)
-    assert torch.rand(1) == drawn and metrics.distances(real, after) == first
-    assert abs(first["kid"]) < 0.2  # Both are of one distribution.
-
-
-SIDE = 0.3  # Angle of the view from the side, radians.
-
-
-def plane_views(n=32):
-    """Return depth, mask and cameras of two views of the plane z = 0: from the side, from front."""
-    c = CAMERAS.label(torch.tensor([SIDE, 0.0]), torch.zeros(2))
-    origins, rays = pixel_rays(c, n)
-    depth = (-origins[..., 2] / rays[..., 2]).view(1, 2, n, n)
-    return depth, torch.ones_like(depth), c[None]
-
-
-def test_two_views_of_one_plane_agree_at_every_resolution():
-    for n in (16, 64):
-        assert metrics.multiview(*plane_views(n), size=128)["multiview_px"] < 0.01
-
-
-@pytest.mark.parametrize("error", [0.01, 0.02, -0.02])
-def test_depth_that_is_wrong_by_a_known_amount_moves_pixels_by_a_known_amount(error):
-    depth, mask, c = plane_views()
-    depth[:, 1] += error  # Of the frontal view, whose rays meet the plane at right angles.
-    moved = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
-    # From the front the error shows as error * tan along the plane, from the side as error * sin.
-    px = CAMERAS.focal * 128 / CAMERAS.radius
-    assert moved == pytest.approx(abs(error) * px * (tan(SIDE) + sin(SIDE)) / 2, rel=0.1)
-
-
-def test_true_heads_agree_but_for_what_the_other_view_does_not_see():
-    z, c = torch.randn(2, heads.Z_DIM, generator=torch.Generator().manual_seed(0)), []
-    views = CAMERAS.label(torch.tensor([0.5, 0.0]), torch.tensor([0.2, 0.0]))  # [2, 25]
-    drawn = [heads.render(x.expand(2, -1), views, size=64, supersample=1)[1:] for x in z]
-    depth, mask = (torch.stack(maps)[:, :, 0] for maps in zip(*drawn, strict=True))
-    c = views.expand(2, -1, -1)
-    true = metrics.multiview(depth, mask, c, size=128)["multiview_px"]
-    mixed = (torch.stack([x[:, 0], x.roll(1, 0)[:, 1]], dim=1) for x in (depth, mask))
-    assert true < 0.5 < 2 * true < metrics.multiview(*mixed, c, size=128)["multiview_px"]
-
-
-def test_views_without_foreground_have_no_multiview_score():
-    depth, mask, c = plane_views()
-    assert metrics.multiview(depth, torch.zeros_like(mask), c, size=128) == {}
 
 
 def test_geometry_compares_a_random_view_with_the_frontal_one(finished):
@@ -464,26 +324,6 @@ def test_quick_scores_fewer_samples(finished, tmp_path, monkeypatch):
         cfg = Config(ckpt=(finished,), out=tmp_path / "x.json", samples=count, quick=True)
         evaluation.main(cfg)
     assert [cfg.samples for cfg in samples] == [evaluation.QUICK, 8]
-
-
-def test_runs_that_differ_in_their_seed_alone_are_one_row():
-    row = ROW | {"samples": 8, "seed": 5, "config": "a", "run_seed": 0}
-    rows = {
-        "runs/clown-s0": row | {"diversity": 0.4, "true_diversity": 0.9},
-        "runs/robot": row | {"config": "b"},
-        "runs/clown-s1": row | {"diversity": 0.6, "true_diversity": 0.9, "run_seed": 1},
-        "runs/copy": row,
-        "runs/more": row | {"samples": 16, "run_seed": 2},
-        "old": ROW,
-        "older": ROW | {"target": "a |\nb"},
-    }
-    assert {name: len(group) for name, group in tables.group_rows(rows).items()} == {
-        **{"runs/clown-s{0,1}": 2, "runs/robot": 1, "runs/copy": 1, "runs/more": 1},
-        **{"old": 1, "older": 1},
-    }
-    text = tables.markdown_table(rows)
-    assert "| runs/clown-s{0,1} | gca3d | a clown | 0.5 ± 0.14 (0.9) |" in text
-    assert "a \\| b" in text and len(text.splitlines()) == 8
 
 
 def test_seed_and_machine_are_no_other_configuration():
@@ -686,372 +526,3 @@ def test_a_log_cut_off_by_a_kill_still_tells_the_cost(copied):
             evaluation.cost(copied)
     log.unlink()
     assert evaluation.cost(copied) == {}
-
-
-def people(count, seed=0):
-    """Return latents and camera labels of puppets."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(count, heads.Z_DIM, generator=generator)
-    return z, CAMERAS.label(*(torch.rand(2, count, generator=generator) - 0.5))
-
-
-class TrueOracle:
-    """An oracle that reads everything right off pictures in the order of `people`."""
-
-    def __init__(self, z, c, domain):
-        logits = F.one_hot(torch.tensor(DOMAIN_NAMES.index(domain)), len(DOMAIN_NAMES)).float()
-        self.answer = logits.expand(len(z), -1), heads.identity(z), oracle.camera_direction(c)
-
-    def __call__(self, images):
-        return self.answer
-
-
-def test_true_pictures_score_perfectly():
-    z, c = people(1)
-    truth = heads.render(z, c, "bronze")[0]
-    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, z, c, "bronze")
-    expected = {"id": 1, "pose_deg": 0, "domain": 1}
-    expected = {f"oracle_{name}": value for name, value in expected.items()}
-    expected |= {f"true_{name}": value for name, value in expected.items()} | {"oracle_l1": 0}
-    assert scores == pytest.approx(expected, abs=1e-4)
-
-
-def test_another_domain_person_and_camera_are_told_from_the_truth():
-    (z, c), (other_z, other_c) = people(1), people(1, seed=1)
-    eye = TrueOracle(other_z, other_c, "clown")
-    black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
-    truth = heads.render(z, c, "bronze")[0]
-    scores = oracle.compare(eye, black, truth, z, c, "bronze")
-    known = metrics.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
-    assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
-    assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
-    assert scores["oracle_l1"] == pytest.approx((truth + 1).mean().item(), abs=1e-5)
-
-
-class EyeForBlack(TrueOracle):
-    """An oracle that is right about the truth, and wrong about black pictures."""
-
-    def __call__(self, images):
-        domains, z, camera = super().__call__(images)
-        wrong = (images.mean((1, 2, 3)) == -1).float()[:, None]
-        return domains * (1 - wrong), z * (1 - 2 * wrong), camera * (1 - 2 * wrong)
-
-
-def test_what_the_truth_gets_is_told_from_what_the_pictures_get():
-    z, c = people(2)
-    truth = heads.render(z, c, "bronze", size=oracle.SIZE)[0]
-    black = -torch.ones_like(truth)
-    scores = oracle.compare(EyeForBlack(z, c, "bronze"), black, truth, z, c, "bronze")
-    assert scores["oracle_id"] == pytest.approx(-1) and scores["true_oracle_id"] == pytest.approx(1)
-    assert scores["oracle_pose_deg"] == pytest.approx(180)
-    assert scores["true_oracle_pose_deg"] == pytest.approx(0, abs=1e-3)
-    assert (scores["oracle_domain"], scores["true_oracle_domain"]) == (0, 1)
-
-
-def puppet_generator(seed=0):
-    """Return a generator of 128 px pictures of puppets' latents, with random weights."""
-    torch.manual_seed(seed)
-    G = TriPlaneGenerator(
-        z_dim=heads.Z_DIM,
-        c_dim=25,
-        w_dim=8,
-        img_resolution=oracle.SIZE,
-        img_channels=3,
-        mapping_kwargs={"num_layers": 1},
-        rendering_kwargs=RENDERING,
-        sr_kwargs={"channels": (4, 4), "input_resolution": 64},
-        channel_base=64,
-        channel_max=4,
-        plane_resolution=8,
-        plane_channels=4,
-        decoder_hidden=4,
-        feature_channels=4,
-    )
-    G.neural_rendering_resolution = 8
-    return G.eval().requires_grad_(False)
-
-
-@pytest.fixture
-def puppet_run(copied, tmp_path):
-    """A run that adapted puppets to bronze, its row of eval.py, and a file of an oracle."""
-    save_generator(puppet_generator(), copied / "generator.safetensors")
-    save_generator(source := puppet_generator(seed=1), tmp_path / "source.safetensors")
-    prior = Path(shutil.copytree(world() / "diffusion", tmp_path / "diffusion"))
-    domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
-    (prior / "vocabulary.json").write_text(json.dumps({"words": [], "domains": domains}))
-    weights = fingerprint_generator(source)
-    generator = str(tmp_path / "source.safetensors")
-    change_settings(copied, diffusion=str(prior), generator=generator, generator_weights=weights)
-    out, weights = tmp_path / "results.json", tmp_path / "oracle.safetensors"
-    row = {"method": "gca3d", "target": "a bronze statue", "samples": 3, "seed": 5}
-    row["weights"] = fingerprint_generator(puppet_generator())
-    out.write_text(json.dumps({str(copied): row}))
-    torch.manual_seed(0)
-    save_file(oracle.Oracle().state_dict(), weights)
-    return oracle.Config(ckpt=(copied,), out=out, oracle=weights)
-
-
-def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
-    before = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
-    oracle.main(puppet_run)
-    row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
-    assert before.items() < row.items() and row["oracle_target"] == "bronze"
-    assert 0 < row["oracle_l1"] < 2 and 0 < row["true_oracle_pose_deg"] < 180
-    assert 0 < row["true_pose_deg"] < 180 and 1 / 3 <= row["true_identity_mrr"] <= 1
-    assert f"{row['oracle_l1']:.3g}" in capsys.readouterr().out
-
-
-def test_oracle_scores_a_row_once_and_only_of_the_run_it_describes(puppet_run, monkeypatch):
-    pytest.importorskip("torchmetrics")
-    oracle.main(puppet_run)
-    row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
-    assert row["fid"] > 0
-    with monkeypatch.context() as patch:
-        patch.setattr(oracle, "score_run", None)
-        oracle.main(puppet_run)
-    del row["fid"]
-    puppet_run.out.write_text(json.dumps({str(puppet_run.ckpt[0]): row | {"weights": "other"}}))
-    with pytest.raises(ValueError, match="run eval.py again"):
-        oracle.main(puppet_run)
-
-
-def test_oracle_leaves_the_distance_to_other_pictures(puppet_run):
-    run = str(puppet_run.ckpt[0])
-    row = json.loads(puppet_run.out.read_text())[run]
-    puppet_run.out.write_text(json.dumps({run: row | {"real": "photos", "fid": 7.0}}))
-    oracle.main(puppet_run)
-    row = json.loads(puppet_run.out.read_text())[run]
-    assert row["fid"] == 7 and "kid" not in row and row["oracle_l1"] > 0
-
-
-def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(oracle, "compare", lambda _, i, t, z, c, d: seen.update(z=z, c=c) or {})
-    oracle.main(puppet_run)
-    G = puppet_generator()
-    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
-    assert torch.equal(seen["z"], views.z)
-    assert torch.equal(seen["c"], G.cameras.label(*views.angles.T))
-
-
-def test_oracle_judges_the_truth_from_both_views_and_the_sets_against_it(puppet_run, monkeypatch):
-    pytest.importorskip("torchmetrics")
-    judged, sets = [], []
-    likeness, distances = evaluation.likeness, oracle.distances
-    monkeypatch.setattr(evaluation, "likeness", lambda *a: judged.append(a[2]) or likeness(*a))
-    monkeypatch.setattr(oracle, "distances", lambda *a: sets.append(a) or distances(*a))
-    monkeypatch.setattr(evaluation, "embed", lambda clip, images, cfg: images.flatten(1)[:, :64])
-    drawn = []
-    compare = oracle.compare
-    monkeypatch.setattr(oracle, "compare", lambda *a: drawn.append(a[1:3]) or compare(*a))
-    oracle.main(puppet_run)
-    (images, truth), (true,) = drawn[0], judged
-    assert torch.equal(true.image, truth)
-    G = puppet_generator()
-    views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
-    front = oracle.draw_truth(views.z, G.cameras.frontal(3), "bronze")
-    assert torch.equal(true.front, front) and not torch.equal(true.front, truth)
-    of_truth, of_images = (x.flatten(1)[:, :64] for x in (truth, images))
-    assert torch.equal(sets[0][0], of_truth) and torch.equal(sets[0][1], of_images)
-
-
-def test_oracle_reads_the_domain_of_a_picture(tmp_path):
-    z, c = people(1)
-    picture = Image.fromarray(to_uint8(heads.render(z, c, "devil", size=64)[0])[0])
-    save_image(picture, tmp_path / "reference.png")
-    eye = TrueOracle(z, c, "devil")
-    assert oracle.target_domain(tmp_path, {"prompt": None}, eye) == "devil"
-
-
-@pytest.mark.parametrize("prompt", ["a person with green hair", "a person with long pink hair"])
-def test_oracle_takes_an_edit_for_an_edit_of_a_person(prompt):
-    puppets = REPOSITORY / "checkpoints/puppets"
-    settings = {"prompt": prompt, "diffusion": str(puppets / "diffusion")}
-    assert oracle.target_domain(None, settings | {"clip": str(puppets / "clip")}, None) == "person"
-
-
-def test_edits_are_compared_where_they_belong_and_where_they_do_not():
-    z, c = torch.randn(2, heads.Z_DIM), CAMERAS.sample(2)
-    before, after = (oracle.draw_truth(z, c, "person", hair) for hair in (None, "green"))
-    region = oracle.edited_region(after, before)
-    assert 0.02 < region.float().mean() < 0.5
-    assert torch.equal(before.masked_fill(region, 0), after.masked_fill(region, 0))
-    mask = heads.render(z, c, "person", size=64)[2]
-    source = Renders(before, mask, mask, before, mask, mask)
-    perfect = oracle.compare_edit(after, source, after, region)
-    assert perfect["edit_inside_l1"] == perfect["edit_outside_l1"] == 0
-    nothing = oracle.compare_edit(before, source, after, region)
-    assert nothing["edit_inside_l1"] == nothing["source_inside_l1"] > 0.1
-    shifted = oracle.compare_edit((after + 0.1).clamp(-1, 1), source, after, region)
-    assert shifted["edit_outside_l1"] == pytest.approx(0.1, abs=0.02)
-
-
-def test_hair_to_draw_is_that_of_the_prompt():
-    for prompt, hair in (
-        ("a person with pink hair", "pink"),
-        ("a green zombie", None),
-        (None, None),
-    ):
-        assert oracle.target_hair({"prompt": prompt}) == hair
-
-
-def test_oracle_refuses_what_it_cannot_judge(puppet_run, finished):
-    with pytest.raises(ValueError, match="run eval.py first"):
-        oracle.main(replace(puppet_run, ckpt=(finished,)))
-    with pytest.raises(ValueError, match="is missing"):
-        oracle.main(replace(puppet_run, oracle=finished / "oracle.safetensors"))
-    shutil.copy(finished / "generator.safetensors", puppet_run.ckpt[0])
-    with pytest.raises(ValueError, match="only of puppets"):
-        oracle.main(puppet_run)
-
-
-def read_tables(path):
-    """Return the rows of each Markdown table without a heading in the first column."""
-    found, names = [], None
-    for line in path.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" |")]
-        if line.startswith("|  |"):
-            names = cells
-            found.append([])
-        elif names and line.startswith("| ") and "---" not in line:
-            found[-1].append(dict(zip(names, cells, strict=True)))
-        elif not line.startswith("|"):
-            names = None
-    return found
-
-
-@pytest.fixture
-def docs(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "DOCS", tmp_path)
-    for name in ("tuning", "costs"):
-        shutil.copy(REPOSITORY / f"docs/{name}.json", tmp_path)
-    return tmp_path
-
-
-def test_plan_covers_every_held_out_domain_and_method():
-    runs = experiments.plan()
-    words, parts = experiments.GROUPS["words"], experiments.GROUPS["parts"]
-    assert len(experiments.TABLE) >= 6 and set(HELD_OUT) <= set(experiments.TABLE)
-    assert len(set(parts.domains) & set(HELD_OUT)) >= 2 and set(parts.domains) - set(HELD_OUT)
-    told = {options.get("method", "gca3d") for options in runs.values()}
-    assert told == set(config.METHODS)
-    assert set(words.domains) >= set(parts.domains)  # So that the first row is there already.
-    for name, options in runs.items():
-        assert name.endswith(f"-s{options['seed']}")
-        config.check(train.Config(out=experiments.RUNS / name, **options))
-
-
-def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
-    costs = json.loads((REPOSITORY / "docs/costs.json").read_text())
-    assert costs.keys() == config.METHODS.keys()
-    for name in ("minutes", "minutes-pictures"):
-        for options in experiments.GROUPS[name].rows.values():
-            steps, cost = options.get("steps", 50), costs[options.get("method", "gca3d")]
-            assert steps * cost == pytest.approx(50 * costs["gca3d"], rel=0.2)
-
-
-def test_commands_in_the_tables_are_those_of_the_plan():
-    for name, options in experiments.plan().items():
-        argv = shlex.split(experiments.command(name, options))[2:]
-        planned = train.Config(**{"out": experiments.RUNS / name} | options)
-        assert config.parse(argv, "") == planned
-
-
-def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
-    experiments.write_tables({})
-    row = {"method": "gca3d", "target": "x", "samples": 8, "seed": 5, "trunc": 1.0}
-    experiments.write_tables(
-        {
-            "gca-3d-bronze-s0": row | {"pose_deg": 5.25, "true_pose_deg": 4.0},
-            "gca-3d-picture-devil-s0": row | {"diversity": 0.25},
-        }
-    )
-    (bronze, devil), *_ = read_tables(docs / "results.md")
-    assert (bronze[""], bronze["pose [deg] ↓"]) == ("gca-3d-bronze", "5.25 (4)")
-    assert (devil[""], devil["pose [deg] ↓"]) == ("gca-3d-picture-devil (held out)", "")
-    assert devil["diversity ↑"] == "0.25"
-
-
-def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
-    row = {"method": "gca3d", "target": "x", "samples": 8}
-    scores = {}
-    for seed, shift in ((0, 0.1), (1, 0.3)):
-        for number, name in enumerate(experiments.TABLE):
-            scores[f"gca-3d-{name}-s{seed}"] = row | {"pose_deg": number + shift}
-            scores[f"sds-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
-    experiments.write_tables(scores)
-    text = (docs / "results.md").read_text()
-    held_out, every = text.split("## Methods, from a prompt: ")[1:3]
-    assert held_out.startswith("means over marble, robot, devil, elf\n")
-    ours = next(line for line in held_out.splitlines() if line.startswith("| GCA-3D"))
-    assert "| 3.7 ± 0.14 |" in ours  # Of 2, 3, 4 and 5.
-    assert "| GCA-3D |" in every and "| 2.7 ± 0.14 |" in every and "| 4.2 ± 0.14 |" in every
-    assert "StyleGAN-Fusion |" not in text and "python train.py --method sds" in text
-
-
-def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
-    scored = []
-
-    def score_run(ckpt, cfg, device, sources):
-        scored.append((ckpt.name, cfg.samples))
-        row = {"method": "gca3d", "target": "x", "samples": cfg.samples}
-        return row | {"inputs": evaluation.fingerprint_inputs(ckpt, cfg)}
-
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    (tmp_path / "sds-bronze-s0").mkdir()
-    monkeypatch.setattr(experiments.train, "main", lambda cfg: None)
-    monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
-    monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
-    monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
-    monkeypatch.setattr(experiments, "draw_reference", lambda _: None)
-    for name in ("draw_figures", "draw_orbit"):
-        monkeypatch.setattr(experiments, name, lambda: None)
-    for samples, trained in ((8, "a"), (8, "a"), (16, "a"), (16, "b")):
-        (tmp_path / "sds-bronze-s0/config.json").write_text(trained)
-        experiments.main(experiments.Config(only="sds-bronze-s0", samples=samples))
-    assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16), ("sds-bronze-s0", 16)]
-    row = json.loads((docs / "results.json").read_text())["sds-bronze-s0"]
-    assert row["samples"] == 16 and row["oracle_l1"] == 0.1
-
-
-def test_true_heads_are_seen_as_the_adapted_ones_are():
-    """Of the source's own domain they are what the source generator draws."""
-    true = experiments.show_truth("person")
-    drawn = experiments.show(load_generator(REPOSITORY / experiments.SOURCE))
-    error = (true - drawn).abs().mean((1, 2, 3))
-    assert true.shape == drawn.shape and error.max() < 0.15
-    assert (true.roll(2, 0) - drawn).abs().mean() > 2 * error.mean()
-
-
-def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
-    shown, written = (read_tables(REPOSITORY / name) for name in ("README.md", "docs/results.md"))
-    assert [len(table) for table in shown] == [8, 2, 6, 3]
-    for table in shown:
-        assert any(
-            all(any(row.items() <= other.items() for other in rows) for row in table)
-            for rows in written
-        ), table
-
-
-def test_readme_counts_the_trials():
-    trials = evaluation.read_rows(REPOSITORY / "docs/tuning.json")
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
-    names = {"gca3d": "GCA-3D", "sds": "SDS", "nada": "NADA", "3d-adapter": "3D-Adapter"}
-    names |= {"stylegan-fusion": "StyleGAN-Fusion", "diffusiongan3d": "DiffusionGAN3D"}
-    counts = Counter(row["method"] for row in trials.values())
-    assert counts.keys() == names.keys()
-    for method, count in counts.items():
-        assert re.search(rf"\b{count} (runs )?of {names[method]}\b", readme), method
-
-
-def test_committed_scores_are_still_read():
-    rows = evaluation.read_rows(REPOSITORY / "docs/results.json")
-    over_seeds = {name.rpartition("-s")[0] for name in rows}
-    assert len(tables.markdown_table(rows).splitlines()) == len(over_seeds) + 2
-
-
-def test_results_are_those_of_the_committed_scores(docs):
-    scores = json.loads((REPOSITORY / "docs/results.json").read_text())
-    experiments.write_tables(scores)
-    written = (docs / "results.md").read_text().replace(str(docs), "docs")
-    assert written == (REPOSITORY / "docs/results.md").read_text()

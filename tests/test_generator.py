@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny_generator import even_samples, small_generator
 
 from models.eg3d import TriPlaneGenerator
-from models.stylegan2 import SynthesisLayer, modulated_conv2d
+from models.stylegan2 import SynthesisLayer, ToRGB, modulated_conv2d
 
 
 @pytest.fixture
@@ -237,6 +237,19 @@ def test_modulated_convolution_equals_its_definition(channels, up):
             kernel = (layer.resample_filter * 4).expand(channels, 1, 4, 4)
             y = F.conv2d(F.pad(y, (1, 1, 1, 1)), kernel, groups=channels)
         torch.testing.assert_close(got[i : i + 1], y + bias[:, None, None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_colours_equal_their_definition_and_keep_the_layout(layout):
+    torch.manual_seed(0)
+    layer = ToRGB(4, 3, 8)
+    layer.bias.data.normal_()
+    x, w = torch.randn(2, 4, 5, 5).to(memory_format=layout), torch.randn(2, 8)
+    rgb = layer(x, w)
+    styles = layer.affine(w) / 2
+    expected = F.conv2d(x * styles[:, :, None, None], layer.weight, layer.bias)
+    torch.testing.assert_close(rgb, expected)
+    assert rgb.is_contiguous(memory_format=layout)
 
 
 def test_noise_modes(G):

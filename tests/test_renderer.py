@@ -1,5 +1,7 @@
 """Rays, plane lookups, importance sampling and ray marching, against closed forms and loops."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from models.renderer import (
     march_weights,
     pixel_rays,
     render,
+    softplus2_,
 )
 
 AXES = torch.tensor(PLANE_AXES)
@@ -103,6 +106,20 @@ def test_gradient_of_lookups_is_torchs():
     assert ours.abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [(2, 2), (8, 8), (4, 16)])
+def test_lookups_equal_torchs_inside_at_edges_and_outside(size):
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 5, *size)
+    coordinates = torch.rand(2, 3, 40, 9, 2) * 4 - 2
+    coordinates[0, 0, 0, :6, 0] = torch.tensor([-1, 1, 1e9, -1e9, math.nan, 1 - 1 / size[1]])
+    coordinates[0, 1, 0, :2, 1] = torch.tensor([-1.0, 1.0])
+    samples = F.grid_sample(maps.flatten(0, 1), coordinates.flatten(0, 1), align_corners=False)
+    total = samples.unflatten(0, (2, 3)).sum(1)
+    values = look_up(maps, coordinates)
+    torch.testing.assert_close(values, total, rtol=1e-5, atol=3e-6, equal_nan=True)
+    assert look_up(maps, coordinates[:, :, :0]).shape == (2, 5, 0, 9)
+
+
 def test_lookups_lead_gradients_to_cameras_too():
     maps = torch.randn(1, 1, 2, 4, 4)
     coordinates = torch.rand(1, 1, 1, 3, 2, requires_grad=True)
@@ -116,6 +133,71 @@ def test_points_outside_of_the_box_see_the_decoder_of_zero():
     nothing, colour = decoder(torch.zeros(2, 4, 3))
     torch.testing.assert_close(sigma[..., 0], nothing)
     torch.testing.assert_close(rgb.mT, colour * 1.002 - 0.001)
+
+
+@pytest.mark.parametrize("ends", [(-110, 60), (-110, 110), (-3000, 3000)])  # Two ways inside.
+def test_softplus_in_powers_of_two_is_as_exact_as_torchs(ends):
+    x = torch.cat([torch.linspace(*ends, 100_001), torch.linspace(-3, 3, 100_001)])
+    truth = torch.logaddexp2(x.double(), torch.zeros((), dtype=torch.double))
+    error = (softplus2_(x.clone()) - truth).abs() / truth.clamp(min=1)
+    assert error.max() < 2e-7  # Of F.softplus(x, beta=ln 2): 1.5e-7.
+
+
+def test_softplus_passes_on_what_is_no_number():
+    x = torch.tensor([math.nan, -math.inf, math.inf])
+    for values in (x, x[:2]):
+        expected = F.softplus(values, beta=math.log(2))
+        torch.testing.assert_close(softplus2_(values.clone()), expected, equal_nan=True)
+    assert softplus2_(torch.empty(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_softplus_in_half_precision_is_rounded_once(dtype):
+    x = torch.linspace(-20, 60, 10_001).to(dtype)
+    y = softplus2_(x.clone())
+    assert y.dtype == dtype
+    assert torch.equal(y, softplus2_(x.float()).to(dtype))
+
+
+def test_gradients_of_softplus_are_right():
+    torch.manual_seed(0)
+    x = 10 * torch.randn(20, dtype=torch.double, requires_grad=True)
+    for values in (x, x + 70):
+        assert torch.autograd.gradcheck(lambda x: softplus2_(1 * x), values)
+        assert torch.autograd.gradgradcheck(lambda x: softplus2_(1 * x), values)
+
+
+def kept_bytes(call):
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def test_decoder_keeps_less_than_with_torchs_softplus():
+    decoder = Decoder(4, 16, 8, lr_mul=1)
+    features = torch.randn(1, 4, 1000, requires_grad=True)
+
+    def with_torchs():
+        first, softplus, second = decoder.net
+        return torch.sigmoid(second(softplus(first(features.mT))))
+
+    assert kept_bytes(lambda: decoder(features)) <= kept_bytes(with_torchs) - 16 * 1000 * 4
+
+
+def test_decoder_equals_its_layers():
+    torch.manual_seed(0)
+    decoder = Decoder(4, 16, 8, lr_mul=0.5)
+    features = torch.randn(2, 4, 100)
+    sigma, colour = decoder(features)
+    expected = decoder.net(features.mT)
+    torch.testing.assert_close(sigma, expected[..., 0])
+    torch.testing.assert_close(colour, expected[..., 1:].sigmoid().mT)
 
 
 def test_strata_hold_one_depth_each():

@@ -586,6 +586,6 @@ def test_foreign_checkpoint_is_refused_and_the_run_kept(tmp_path, cheap):
 def test_working_folder_becomes_no_run(tmp_path, monkeypatch, cheap):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="working folder"):  # What an unset variable gives.
+    with pytest.raises(ValueError, match="no run and not empty"):  # What an unset variable gives.
         run(Path(""), steps=1)
     assert os.listdir() == ["notes.txt"]

@@ -113,6 +113,12 @@ def arguments(out: Path, **changes: object) -> list[str]:
     return argv
 
 
+def change_settings(folder: Path, **changes: object) -> None:
+    """Change a run's config.json by hand."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def contents(out: Path) -> dict:
     """Return what must be equal in equal runs: every file's bytes, but for costs in the log."""
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}

@@ -1,0 +1,163 @@
+"""The experiments: their plan, and the tables that are made of their scores."""
+
+import json
+import re
+import shlex
+import shutil
+from collections import Counter
+
+import pytest
+
+import config
+import eval as evaluation
+import train
+from files.generators import load_generator
+from harness.run_folder import REPOSITORY
+from puppets import experiments
+from puppets.domains import HELD_OUT
+
+
+def read_tables(path):
+    """Return the rows of each Markdown table without a heading in the first column."""
+    found, names = [], None
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" |")]
+        if line.startswith("|  |"):
+            names = cells
+            found.append([])
+        elif names and line.startswith("| ") and "---" not in line:
+            found[-1].append(dict(zip(names, cells, strict=True)))
+        elif not line.startswith("|"):
+            names = None
+    return found
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "DOCS", tmp_path)
+    for name in ("tuning", "costs"):
+        shutil.copy(REPOSITORY / f"docs/{name}.json", tmp_path)
+    return tmp_path
+
+
+def test_plan_covers_every_held_out_domain_and_method():
+    runs = experiments.plan()
+    words, parts = experiments.GROUPS["words"], experiments.GROUPS["parts"]
+    assert len(experiments.TABLE) >= 6 and set(HELD_OUT) <= set(experiments.TABLE)
+    assert len(set(parts.domains) & set(HELD_OUT)) >= 2 and set(parts.domains) - set(HELD_OUT)
+    told = {options.get("method", "gca3d") for options in runs.values()}
+    assert told == set(config.METHODS)
+    assert set(words.domains) >= set(parts.domains)  # So that the first row is there already.
+    for name, options in runs.items():
+        assert name.endswith(f"-s{options['seed']}")
+        config.check(train.Config(out=experiments.RUNS / name, **options))
+
+
+def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
+    costs = json.loads((REPOSITORY / "docs/costs.json").read_text())
+    assert costs.keys() == config.METHODS.keys()
+    for name in ("minutes", "minutes-pictures"):
+        for options in experiments.GROUPS[name].rows.values():
+            steps, cost = options.get("steps", 50), costs[options.get("method", "gca3d")]
+            assert steps * cost == pytest.approx(50 * costs["gca3d"], rel=0.2)
+
+
+def test_commands_in_the_tables_are_those_of_the_plan():
+    for name, options in experiments.plan().items():
+        argv = shlex.split(experiments.command(name, options))[2:]
+        planned = train.Config(**{"out": experiments.RUNS / name} | options)
+        assert config.parse(argv, "") == planned
+
+
+def test_tables_of_no_scores_and_of_rows_with_different_names(docs):
+    experiments.write_tables({})
+    row = {"method": "gca3d", "target": "x", "samples": 8, "seed": 5, "trunc": 1.0}
+    experiments.write_tables(
+        {
+            "gca-3d-bronze-s0": row | {"pose_deg": 5.25, "true_pose_deg": 4.0},
+            "gca-3d-picture-devil-s0": row | {"diversity": 0.25},
+        }
+    )
+    (bronze, devil), *_ = read_tables(docs / "results.md")
+    assert (bronze[""], bronze["pose [deg] ↓"]) == ("gca-3d-bronze", "5.25 (4)")
+    assert (devil[""], devil["pose [deg] ↓"]) == ("gca-3d-picture-devil (held out)", "")
+    assert devil["diversity ↑"] == "0.25"
+
+
+def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
+    row = {"method": "gca3d", "target": "x", "samples": 8}
+    scores = {}
+    for seed, shift in ((0, 0.1), (1, 0.3)):
+        for number, name in enumerate(experiments.TABLE):
+            scores[f"gca-3d-{name}-s{seed}"] = row | {"pose_deg": number + shift}
+            scores[f"sds-{name}-s{seed}"] = row | {"pose_deg": 4 + shift}
+    experiments.write_tables(scores)
+    text = (docs / "results.md").read_text()
+    held_out, every = text.split("## Methods, from a prompt: ")[1:3]
+    assert held_out.startswith("means over marble, robot, devil, elf\n")
+    ours = next(line for line in held_out.splitlines() if line.startswith("| GCA-3D"))
+    assert "| 3.7 ± 0.14 |" in ours  # Of 2, 3, 4 and 5.
+    assert "| GCA-3D |" in every and "| 2.7 ± 0.14 |" in every and "| 4.2 ± 0.14 |" in every
+    assert "StyleGAN-Fusion |" not in text and "python train.py --method sds" in text
+
+
+def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
+    scored = []
+
+    def score_run(ckpt, cfg, device, sources):
+        scored.append((ckpt.name, cfg.samples))
+        row = {"method": "gca3d", "target": "x", "samples": cfg.samples}
+        return row | {"inputs": evaluation.fingerprint_inputs(ckpt, cfg)}
+
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    (tmp_path / "sds-bronze-s0").mkdir()
+    monkeypatch.setattr(experiments.train, "main", lambda cfg: None)
+    monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
+    monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
+    monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
+    monkeypatch.setattr(experiments, "draw_reference", lambda _: None)
+    for name in ("draw_figures", "draw_orbit"):
+        monkeypatch.setattr(experiments, name, lambda: None)
+    for samples, trained in ((8, "a"), (8, "a"), (16, "a"), (16, "b")):
+        (tmp_path / "sds-bronze-s0/config.json").write_text(trained)
+        experiments.main(experiments.Config(only="sds-bronze-s0", samples=samples))
+    assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16), ("sds-bronze-s0", 16)]
+    row = json.loads((docs / "results.json").read_text())["sds-bronze-s0"]
+    assert row["samples"] == 16 and row["oracle_l1"] == 0.1
+
+
+def test_true_heads_are_seen_as_the_adapted_ones_are():
+    """Of the source's own domain they are what the source generator draws."""
+    true = experiments.show_truth("person")
+    drawn = experiments.show(load_generator(REPOSITORY / experiments.SOURCE))
+    error = (true - drawn).abs().mean((1, 2, 3))
+    assert true.shape == drawn.shape and error.max() < 0.15
+    assert (true.roll(2, 0) - drawn).abs().mean() > 2 * error.mean()
+
+
+def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
+    shown, written = (read_tables(REPOSITORY / name) for name in ("README.md", "docs/results.md"))
+    assert [len(table) for table in shown] == [8, 2, 6, 3]
+    for table in shown:
+        assert any(
+            all(any(row.items() <= other.items() for other in rows) for row in table)
+            for rows in written
+        ), table
+
+
+def test_readme_counts_the_trials():
+    trials = evaluation.read_rows(REPOSITORY / "docs/tuning.json")
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    names = {"gca3d": "GCA-3D", "sds": "SDS", "nada": "NADA", "3d-adapter": "3D-Adapter"}
+    names |= {"stylegan-fusion": "StyleGAN-Fusion", "diffusiongan3d": "DiffusionGAN3D"}
+    counts = Counter(row["method"] for row in trials.values())
+    assert counts.keys() == names.keys()
+    for method, count in counts.items():
+        assert re.search(rf"\b{count} (runs )?of {names[method]}\b", readme), method
+
+
+def test_results_are_those_of_the_committed_scores(docs):
+    scores = json.loads((REPOSITORY / "docs/results.json").read_text())
+    experiments.write_tables(scores)
+    written = (docs / "results.md").read_text().replace(str(docs), "docs")
+    assert written == (REPOSITORY / "docs/results.md").read_text()
