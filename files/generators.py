@@ -22,6 +22,7 @@ from harness.store import checksum, write_bytes
 from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
 from models.limits import is_number
+from models.weight_files import kind_of_weights
 
 FORMAT = "eg3d-safetensors"
 TORCH_BEGINS = (b"PK", b"\x80\x02\x8a\x0a")  # Files of torch.save, since and before version 1.6.
@@ -165,7 +166,9 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"not written by this project (format is not {FORMAT})")
+            kind = kind_of_weights(dict.fromkeys(file.keys()))
+            held = f"it holds {kind}" if kind else f"format is not {FORMAT}"
+            raise ValueError(f"not written by this project ({held})")
         # Copied, since the generator must not depend on the file any more.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         noted = metadata.pop("checksum", None)  # Older files have none.

@@ -24,7 +24,7 @@ from torch import Tensor
 MAX_STEPS = 200_000  # Released files take some 30 000.
 MAX_STORAGE_STEPS = 200  # In the small pickles before a tensor's numbers; torch takes some 50.
 MAX_NAME = 500  # Letters in the name of a class or function, and in the key of a dict.
-MAX_ARGUMENTS = 16  # Arguments of a call, and dimensions of a tensor.
+MAX_ARGUMENTS = 16  # In a call, and dimensions of a tensor.
 STORAGE_MAGIC = 0x1950A86A20F9469CFC6C  # The first thing in torch.save's old format.
 MAX_ZIP_END = 65_557  # Bytes of the end of a ZIP archive, comment and all.
 DTYPES = {
@@ -39,7 +39,7 @@ DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-# Functions whose results have no use here, but may lie next to what is read.
+# Functions whose results have no use here, but may lie in the same file.
 INERT = (
     "builtins.complex",
     "collections.Counter",
@@ -66,6 +66,7 @@ class Inert:
     __slots__ = ("args", "items", "name", "state")
 
     def __init__(self, name: str, args: tuple = (), state: Any = None) -> None:
+        """Note what is known of the object."""
         self.name, self.args, self.state = name, args, state
         self.items: dict[str, Any] = {}
 
@@ -76,6 +77,7 @@ class Storage:
     __slots__ = ("count", "data", "name")
 
     def __init__(self, name: str, count: int) -> None:
+        """Note what is known of the numbers."""
         self.name, self.count = name, count
         self.data: memoryview | None = None
 
@@ -140,7 +142,7 @@ class Stored(NamedTuple):
                 f"a tensor of size {list(self.size)}, stride {list(self.stride)} and offset "
                 f"{self.offset} reaches beyond its storage of {len(numbers)} numbers"
             )
-        stride = [step if n > 1 else 0 for n, step in steps]  # For one element it can be anything.
+        stride = [step if n > 1 else 0 for n, step in steps]  # It can be anything for one element.
         view = numbers.as_strided(self.size, stride, self.offset)
         return view.clone(memory_format=torch.contiguous_format)
 

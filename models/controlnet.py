@@ -1,5 +1,6 @@
 """The ControlNet that makes depth a condition of Stable Diffusion."""
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -34,6 +35,11 @@ def load_controlnet(source: str | Path, dtype: torch.dtype) -> ControlNetModel:
     Raises:
         ValueError: it is absent, incomplete or no ControlNet; one line.
     """
+    if os.path.isfile(source):
+        raise ValueError(
+            f"{source} is a file; a ControlNet is given as a diffusers folder or hub id, such as "
+            "lllyasviel/control_v11f1p_sd15_depth"
+        )
     source = resolve_source(source)
     controlnet = load_network(ControlNetModel, source, dtype=dtype)
     with one_line_errors(source), quiet_loading():  # The network's own config names the source.

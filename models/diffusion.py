@@ -32,7 +32,7 @@ from models.ip_adapter import is_plus, load_ip_adapter
 from models.lora import fuse_loras
 from models.pretrained import one_line_errors
 from models.prompts import clip_tokenize
-from models.stable_diffusion import check_fit, is_single_file, load_parts
+from models.stable_diffusion import check_fit, load_parts
 from models.vae import cell_size, encode
 from models.weight_files import weight_files
 
@@ -145,7 +145,7 @@ class DiffusionPrior:
         """
         controlnet, ip_adapter, vae = map(_given, (controlnet, ip_adapter, vae))
         folder = Path(source)
-        is_folder = not is_single_file(source) and os.path.isdir(source)
+        is_folder = os.path.isdir(source)  # os.path takes names that are too long; Path raises.
         parts = load_parts(source, vae, dtype, vae_dtype)
         if is_folder:
             if controlnet is None and (folder / "controlnet").is_dir():

@@ -50,14 +50,14 @@ ENDINGS = {
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",  # Names of diffusers' attention processors.
+    "_lora.down.weight": "down",  # In diffusers' attention processors.
     "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
 LYCORIS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LYCORIS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 ENDINGS |= {f".{name}": name for name in LYCORIS}
-# Names in files of kinds that are no sum of such products, and the kinds' names.
+# Kinds of files that cannot be added as a product of such factors, by names in them.
 OTHER_KINDS = {
     r".*(dora_scale|lora_magnitude_vector)": "a DoRA, which scales weights too",
     r".*\.(on_input$|ia3_l\b)": "an (IA)3, which scales weights",
@@ -66,6 +66,12 @@ OTHER_KINDS = {
     r".*\.(diff|diff_b|w_norm|b_norm)$": "a LyCORIS of whole weights (full, norm)",
     r".*vera_lambda": "a VeRA",
     r".*lora_embedding_[AB]": "a LoRA of an embedding",
+}
+# How names of layers begin in LoRAs of other models.
+STRANGERS = {
+    r"lora_te2_|text_encoder_2\.|lora_unet_(input|output|middle)_block": "Stable Diffusion XL",
+    r"lora_unet_joint_blocks|lora_te3_": "Stable Diffusion 3",
+    r"lora_unet_(double|single)_blocks|transformer\.": "Flux or Stable Diffusion 3",
 }
 FACTORS = (
     {"up", "down"},
@@ -87,7 +93,7 @@ def fuse_loras(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
 ) -> None:
-    """Add LoRAs to the weights of a UNet and a text encoder, in whatever order.
+    """Add LoRAs to the weights of a UNet and a text encoder. Their order does not matter.
 
     Args:
         loras: Files, folders or hub ids (user/repo or user/repo/file), each with the weight of its
@@ -162,7 +168,7 @@ def _product(factors: dict[str, Tensor]) -> Tensor:
 def _hadamard_side(factors: dict[str, Tensor], side: int) -> Tensor:
     """Return one of the two matrices whose product by elements LoHa is."""
     a, b = factors[f"hada_w{side}_a"], factors[f"hada_w{side}_b"]
-    if f"hada_t{side}" in factors:  # A convolution: a [rank, out], b [rank, in].
+    if f"hada_t{side}" in factors:  # A convolution's: a [rank, out], b [rank, in].
         return torch.einsum("ij...,jr,ip->pr...", factors[f"hada_t{side}"], b, a)
     return a @ b
 
@@ -242,7 +248,8 @@ def _place(key: str, layers: dict[str, tuple]) -> tuple[nn.Module, str, str]:
         name = key.removesuffix(ending).replace(".processor.", ".")
         if name in layers:
             return *layers[name], part
-        raise ValueError(f"is of another model: no layer for {key}")
+        of = next((f" ({name})" for start, name in STRANGERS.items() if re.match(start, key)), "")
+        raise ValueError(f"is of another model{of}: no layer for {key}")
     raise ValueError(f"holds more than LoRA weights: {key}")
 
 

@@ -43,8 +43,12 @@ WEIGHT_NAME = re.compile(
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def resolve_source(source: str | Path) -> str:
+def resolve_source(source: str | Path, others: str = "") -> str:
     """Return `source` as the loaders take it: the path of an existing folder, or a hub id.
+
+    Args:
+        source: The folder or hub id.
+        others: What else the caller takes, for the message.
 
     Raises:
         ValueError: `source` is neither.
@@ -53,7 +57,7 @@ def resolve_source(source: str | Path) -> str:
     # os.path takes names that are too long for the system, where Path raises.
     is_hub_id = re.fullmatch(HUB_ID, source) and not os.path.exists(source)
     if not os.path.isdir(source) and not is_hub_id:
-        raise ValueError(f"{source} is neither a folder nor a hub id (user/repo)")
+        raise ValueError(f"{source} is neither {others}a folder nor a hub id (user/repo)")
     return source
 
 
@@ -226,7 +230,7 @@ def _check_weights(
 def _check_finite(network: nn.Module) -> None:
     """Refuse NaNs and infinities."""
     for name, weight in network.state_dict().items():
-        # With a NaN both are NaN. One pass without a copy: 0.1 s per GB, isfinite() takes 1 to 2.
+        # A NaN makes both extremes NaN. It takes 0.1 s per GB, isfinite() 1 to 2.
         if not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise ValueError(f"{name} is not finite as {weight.dtype}")
 

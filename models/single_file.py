@@ -37,9 +37,9 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 LAST_OF_OPEN_CLIP = f"{OPEN_CLIP}transformer.resblocks.23."
 TOKENIZER = "openai/clip-vit-large-patch14"
 SCALING_FACTOR = 0.18215
-MAX_GROUPS = 32  # Groups of a normalisation.
+MAX_GROUPS = 32  # In group normalisation.
 HEAD_WIDTH = 64  # Channels of an attention head in CLIP, and in the UNet of version 2.
-HEADS = 8  # Attention heads of version 1's UNet.
+HEADS = 8  # In the UNet of version 1.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # What a UNet with another number of input channels is.
 OTHER_INPUTS = {
@@ -137,7 +137,7 @@ def load_single_vae(
         tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if any(key.startswith(VAE) for key in tensors):
             tensors = {k.removeprefix(VAE): v for k, v in tensors.items() if k.startswith(VAE)}
-        # Training's loss and averages may lie next to them.
+        # A file may also hold training's loss and averages.
         parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
         tensors = {key: value for key, value in tensors.items() if key.startswith(parts)}
         if "encoder.conv_in.weight" not in tensors or "decoder.conv_out.weight" not in tensors:
@@ -160,7 +160,7 @@ def load_single_text_encoder(file: SingleFile, dtype: torch.dtype) -> CLIPTextMo
     with one_line_errors(file.path, "cond_stage_model"), quiet_loading():
         config = text_config(file)
         if file.is_v2:
-            shell = torch.nn.Module()  # What the conversion asks the width.
+            shell = torch.nn.Module()  # The conversion asks it for the width.
             shell.config = CLIPTextConfig(**config)
             used = {k: v for k, v in file.weights.items() if not k.startswith(LAST_OF_OPEN_CLIP)}
             weights = convert_open_clip_checkpoint(shell, used)
@@ -173,15 +173,17 @@ def load_single_text_encoder(file: SingleFile, dtype: torch.dtype) -> CLIPTextMo
 
 
 def load_single_tokenizer(file: SingleFile) -> CLIPTokenizer:
-    """Return CLIP's tokenizer, which no checkpoint holds: from `tokenizer/` next to it, or the hub.
+    """Return CLIP's tokenizer, which no checkpoint holds.
+
+    It is taken from a folder `tokenizer/` next to the checkpoint, else from the hub or its cache.
 
     Raises:
         ValueError: it is in neither place; one line.
     """
-    neighbour = Path(file.path).parent / "tokenizer"
+    near = Path(file.path).parent / "tokenizer"
     try:
-        if neighbour.is_dir():
-            tokenizer = load_tokenizer(str(neighbour))
+        if near.is_dir():
+            tokenizer = load_tokenizer(str(near))
         else:
             tokenizer = load_tokenizer(TOKENIZER)
     except ValueError as error:

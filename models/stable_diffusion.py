@@ -5,7 +5,6 @@ be `user/repo/file` on the hub.
 """
 
 import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from harness.download import HUB_ID, check_downloaded
+from harness.download import check_downloaded
 from models.controlnet import AS_THE_UNET, WANTED
 from models.pretrained import (
     load_network,
@@ -40,17 +39,18 @@ from models.single_file import (
     read_single_file,
 )
 from models.vae import cell_size, check_images, load_other_vae, load_vae
-from models.weight_files import fetch_weights, find_weights
+from models.weight_files import fetch_file, is_file
 
-MAX_STEPS = 100_000  # Steps of a noise schedule; Stable Diffusion has 1000.
-MAX_CELLS = 512  # Latent cells along a side; Stable Diffusion has 64 or 96.
-CELLS_OF_VELOCITY = 96  # Those of version 2's model for 768 px, the one that predicts velocity.
+SINGLE_FILES = (".safetensors", ".ckpt")
+MAX_STEPS = 100_000  # In a noise schedule; Stable Diffusion has 1000.
+MAX_CELLS = 512  # Along a side of latents; Stable Diffusion has 64 or 96.
+CELLS_OF_VELOCITY = 96  # Version 2's model for 768 px is the one that predicts velocity.
 OLD_VERSIONS = re.compile(r"0\.[0-8](?!\d)")  # Versions of diffusers that wrote 32 cells, not 64.
 USUAL_CELLS = 64
 TEXT_WIDTHS = {"768": " (Stable Diffusion 1.x)", "1024": " (Stable Diffusion 2.x)"}
 # What a config must say, since anything else would be ignored here or fail in the first step.
 UNET_CONFIG = {
-    "time_cond_proj_dim": None,  # Guidance-distilled (LCM) networks give no scores.
+    "time_cond_proj_dim": None,  # Guidance-distilled (LCM) networks have it, and give no scores.
     "class_embed_type": None,
     "num_class_embeds": None,
     "addition_embed_type": None,
@@ -75,10 +75,10 @@ def load_parts(
     Raises:
         ValueError: a part is absent or unreadable; one line.
     """
-    if is_single_file(source):
+    if is_file(source):
         parts = _load_single_file(str(source), vae is None, dtype, vae_dtype)
     else:
-        source = resolve_source(source)
+        source = resolve_source(source, "a file, ")
         if Path(source).is_dir():
             check_index(Path(source) / "model_index.json")
         parts = {
@@ -94,13 +94,6 @@ def load_parts(
     return parts
 
 
-def is_single_file(source: str | Path) -> bool:
-    """Whether a source is a file here, or one in a hub repository, and not a folder or hub id."""
-    if os.path.exists(source):
-        return os.path.isfile(source)
-    return re.fullmatch(rf"{HUB_ID}/.+\.(safetensors|ckpt|pt|bin)", str(source)) is not None
-
-
 def check_index(path: Path) -> None:
     """Refuse a folder that is no diffusers pipeline, or one of another family.
 
@@ -108,7 +101,9 @@ def check_index(path: Path) -> None:
         ValueError: so it is; one line.
     """
     if not path.is_file():
-        raise ValueError(f"{path.parent}: not a diffusers folder, it has no model_index.json")
+        files = [file.name for file in path.parent.glob("*") if file.suffix in SINGLE_FILES]
+        hint = f"; a checkpoint in one file is given by its own path ({files[0]})" if files else ""
+        raise ValueError(f"{path.parent}: not a diffusers folder, it has no model_index.json{hint}")
     with one_line_errors(str(path.parent), path.name):
         check_downloaded(path)
         pipeline = json.loads(path.read_text())["_class_name"]
@@ -211,9 +206,8 @@ def _load_single_file(
     source: str, with_vae: bool, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> dict:
     """Load the parts of a checkpoint; its VAE is None if it has none and another one is given."""
-    root, subfolder, name = find_weights(source, "", "*", "model.safetensors")
-    with one_line_errors(root, os.path.join(subfolder, name)):
-        path = fetch_weights(root, subfolder, name)
+    with one_line_errors(source):
+        path = fetch_file(source)
     file = read_single_file(path)
     unet = load_single_unet(file, dtype)
     parts = {

@@ -3,7 +3,6 @@
 images [B, 3, H, W] in [-1, 1]; latents [B, 4, h, w], scaled to unit variance.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from models.pretrained import (
     resolve_source,
 )
 from models.single_file import SCALING_FACTOR, linear_attention, load_single_vae
-from models.weight_files import fetch_weights, read_weights, weight_files
+from models.weight_files import fetch_file, fetch_weights, is_file, read_weights, weight_files
 
 VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -62,19 +61,20 @@ def load_other_vae(
         ValueError: it is absent, incomplete or of another kind, or its latents are those of
             another model; one line.
     """
-    if os.path.isfile(source) and not Path(source).with_name("config.json").is_file():
+    path = Path(source)
+    if path.stem == Path(WEIGHTS).stem and path.with_name("config.json").is_file():
+        source = path.parent  # The config next to it says what it is.
+    if is_file(source):
         source = str(source)
         with one_line_errors(source):
-            content, _ = read_weights(source)
+            content, _ = read_weights(fetch_file(source))
             content = content if isinstance(content, dict) else {}
             nested = content.get("state_dict")
             content = nested if isinstance(nested, dict) else content
         scale = SCALING_FACTOR if own is None else own.config.scaling_factor
         vae = load_single_vae(source, content, dtype, scale)
     else:
-        if os.path.isfile(source):  # What lies beside it says what it is.
-            source = Path(source).parent
-        source = resolve_source(source)
+        source = resolve_source(source, "a file, ")
         vae = load_vae(source, "vae" if Path(source, "model_index.json").is_file() else "", dtype)
     if own is not None:
         _check_latents(source, vae, own)

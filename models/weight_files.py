@@ -91,6 +91,19 @@ def find_weights(
     return on_hub[1], folder, name
 
 
+def is_file(source: str | Path) -> bool:
+    """Whether a source is a file here, or else by its name a file of weights on the hub."""
+    if os.path.exists(source):
+        return os.path.isfile(source)
+    pattern = rf"{HUB_ID}/.+\.(safetensors|ckpt|pt|pth|bin)"
+    return re.fullmatch(pattern, str(source)) is not None
+
+
+def fetch_file(source: str | Path) -> str:
+    """Return the path of a file for which `is_file` holds, downloading it if need be."""
+    return fetch_weights(*find_weights(source, "", "*", "model.safetensors"))
+
+
 def fetch_weights(root: str, subfolder: str, name: str) -> str:
     """Return the path of a file that `find_weights` found, downloading it if need be."""
     if os.path.isdir(root):
@@ -123,7 +136,8 @@ def read_weights(file: str | Path) -> tuple[dict, dict[str, str]]:
         # Old checkpoints name classes of their trainer, which need not be known here.
         foreign = get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
         with safe_globals([(Inert, name) for name in foreign]):
-            return torch.load(file, map_location="cpu", weights_only=True), {}
+            options = {"map_location": "cpu", "mmap": zipfile.is_zipfile(file)}
+            return torch.load(file, weights_only=True, **options), {}
     # torch raises a dozen types for damaged files, and advises to execute them.
     except Exception as error:
         raise ValueError(MORE_THAN_TENSORS) from error

@@ -67,3 +67,10 @@ def test_controlnet_for_another_condition_is_warned_of_in_one_line(folder, tmp_p
     edit_json(plain / "config.json", _name_or_path="lllyasviel/sd-controlnet-mlsd")
     with pytest.warns(UserWarning, match=f"^{plain} seems to be a ControlNet for mlsd"):
         DiffusionPrior.from_pretrained(folder, controlnet=plain)
+
+
+def test_controlnet_in_one_file_is_refused_with_what_is_needed(folder, tmp_path):
+    file = tmp_path / "control_v11f1p_sd15_depth.pth"
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"^{file} is a file; a ControlNet is given as a diff"):
+        DiffusionPrior.from_pretrained(folder, controlnet=file)

@@ -89,18 +89,6 @@ def test_every_condition_has_an_effect_on_the_noise(prior):
         assert (other - base).abs().mean() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["prior", "plus"])
-def test_adapter_without_a_picture_changes_nothing(kind, folder, request, copy):
-    shutil.rmtree(copy / "ip_adapter")
-    bare = DiffusionPrior.from_pretrained(copy)
-    prior = request.getfixturevalue(kind)
-    torch.testing.assert_close(
-        predict(prior, prior.condition("an elf")), predict(bare, bare.condition("an elf"))
-    )
-    off = prior.condition("an elf", picture(), image_scale=0.0)
-    torch.testing.assert_close(predict(prior, off), predict(bare, bare.condition("an elf")))
-
-
 def test_depth_of_scale_zero_changes_nothing(prior):
     off = prior.condition("an elf", depth_scale=0.0)
     torch.testing.assert_close(
@@ -114,16 +102,6 @@ def test_conditions_of_different_scales_do_not_disturb_each_other(prior):
     predict(prior, prior.condition("an elf", picture(), image_scale=0.2))
     predict(prior, prior.condition("an elf"))
     assert torch.equal(predict(prior, strong), before)
-
-
-def test_several_pictures_make_one_condition(prior, plus):
-    pictures = torch.cat([picture(0), picture(1)])
-    assert prior.condition("", pictures).image_embeds.shape == (2, 2, 24)
-    assert plus.condition("", pictures).image_embeds.shape == (2, 2, 17, 32)
-    assert prior.encode_reference(pictures).shape == (2, 1, 24)
-    for kind in (prior, plus):
-        both = predict(kind, kind.condition("", pictures))
-        assert (both - predict(kind, kind.condition("", picture(0)))).abs().max() > 1e-6
 
 
 def test_unconditional_half_is_empty_text_with_no_picture(prior, plus):
@@ -285,13 +263,6 @@ def test_parts_beside_the_model_are_the_default_and_optional(prior, copy):
         predict(bare, condition, torch.rand(2, 3, 64, 64))
     with pytest.raises(ValueError, match="needs an IP-Adapter"):
         bare.condition("an elf", picture())
-
-
-def test_folder_with_only_an_image_encoder_is_no_adapter(copy):
-    for file in (copy / "ip_adapter" / "models").glob("ip-adapter*"):
-        file.unlink()
-    prior = DiffusionPrior.from_pretrained(copy)
-    assert prior.image_encoder is None and prior.controlnet is not None
 
 
 def test_parts_named_explicitly_win_over_those_beside_the_model(folder, prior, tmp_path):

@@ -305,3 +305,13 @@ def test_existing_path_wins_over_a_hub_id(server):
     save_generator(build_generator(), "user/repo/g.safetensors")
     assert is_tiny(load_generator("user/repo/g.safetensors"))
     assert server.log == []
+
+
+def test_pointer_of_git_lfs_is_refused(tmp_path):
+    file = tmp_path / "x"
+    for content in ("", "version 1", "hello"):
+        file.write_text(content)
+        download.check_downloaded(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="^a git-lfs pointer, the file itself was not downloaded"):
+        download.check_downloaded(file)

@@ -222,13 +222,6 @@ def test_parts_of_different_attention_widths_are_refused(part, folder, copy, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_adapters_of_version_1_are_refused_beside_version_2(folder, sd2_folder):
-    with pytest.raises(ValueError, match=f"^{folder}/controlnet: .* is 32, but .* 48"):
-        DiffusionPrior.from_pretrained(sd2_folder, controlnet=folder / "controlnet")
-    with pytest.raises(ValueError, match=f"^{folder}/ip_adapter/models/.*48"):
-        DiffusionPrior.from_pretrained(sd2_folder, ip_adapter=folder / "ip_adapter")
-
-
 @pytest.mark.parametrize(
     ("kind", "source"),
     [("ip_adapter", "nowhere"), ("ip_adapter", "/no/adapter.bin"), ("lora", "x" * 300)],
