@@ -167,11 +167,12 @@ class _Softplus2OnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Overwrite x; half precision is computed in float32."""
-        if x.numel() and x.amax() >= 64:  # Far below overflow, far above where y = x.
-            x.copy_(F.softplus(x, beta=math.log(2)))
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.numel() and x.amax() > 126:  # 2^x overflows at 128; from 54 on, y = x in any type.
+            y = y.clamp(max=126).exp2_().add_(1).log2_().maximum(y)
         else:
-            y = x.to(torch.promote_types(x.dtype, torch.float32)).exp2_().add_(1).log2_()
-            x.copy_(y)  # Itself, unless x is in half precision.
+            y.exp2_().add_(1).log2_()
+        x.copy_(y)  # Itself, or, if y is another, its values.
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         return x

@@ -152,7 +152,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fir: Tensor | None)
     kernel = (fir * 4).to(y.dtype).expand(y.shape[1], 1, 4, 4)
     y = F.conv2d(y, kernel, padding=1, groups=y.shape[1])  # [B, C', 2H, 2W]
     # Not the convolution's own bias: its gradient takes ten times as long on a CPU.
-    return y if bias is None else y.add_(bias[:, None, None])
+    return y if bias is None else y.add_(bias[:, None, None].to(y.dtype))
 
 
 def modulated_conv2d(

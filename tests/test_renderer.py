@@ -135,7 +135,7 @@ def test_points_outside_of_the_box_see_the_decoder_of_zero():
     torch.testing.assert_close(rgb.mT, colour * 1.002 - 0.001)
 
 
-@pytest.mark.parametrize("ends", [(-110, 60), (-110, 110), (-3000, 3000)])  # Two ways inside.
+@pytest.mark.parametrize("ends", [(-110, 60), (-160, 160), (-3000, 3000)])  # Two ways inside.
 def test_softplus_in_powers_of_two_is_as_exact_as_torchs(ends):
     x = torch.cat([torch.linspace(*ends, 100_001), torch.linspace(-3, 3, 100_001)])
     truth = torch.logaddexp2(x.double(), torch.zeros((), dtype=torch.double))
@@ -162,7 +162,7 @@ def test_softplus_in_half_precision_is_rounded_once(dtype):
 def test_gradients_of_softplus_are_right():
     torch.manual_seed(0)
     x = 10 * torch.randn(20, dtype=torch.double, requires_grad=True)
-    for values in (x, x + 70):
+    for values in (x, x + 130):
         assert torch.autograd.gradcheck(lambda x: softplus2_(1 * x), values)
         assert torch.autograd.gradgradcheck(lambda x: softplus2_(1 * x), values)
 
