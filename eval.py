@@ -19,14 +19,13 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from harness.cli import exit_codes, read_options
-from harness.pictures import find_pictures
+from harness.pictures import find_pictures, is_ours
 from harness.run_folder import (
     FREE_TO_CHANGE,
     check_folder,
@@ -41,14 +40,12 @@ CELLS = 8  # Feature maps are averaged to this many cells per side: where things
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
 VERSION = 2  # Meaning of the scores; rows of other versions are scored again.
-# Read besides those of run_folder.SETTINGS_READ.
-SETTINGS = {"diffusion": str, "steps": int, "seed": int, "trunc": (int, float)}
 # Settings that may differ among the seeds of one row in the table.
-NOT_COMPARED = FREE_TO_CHANGE | {"seed"} - {"image"}
-RUN_FILES = ("config.json", "log.jsonl", "reference.png", "generator.safetensors")  # Scored.
+NOT_COMPARED = FREE_TO_CHANGE | {"seed"}
+# Files of a run that its scores depend on.
+SCORED_FILES = ("config.json", "log.jsonl", "reference*.png", "generator.safetensors")
 ADDITIVE = ("ckpt",)  # Given twice, both count.
 
-Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 Pictures = tuple[tuple[Path, int, int], ...]  # With size and time of the last change.
 
 
@@ -58,7 +55,7 @@ class Config:
 
     ckpt: tuple[Path, ...]  # Run folders, as train.py writes them.
     out: Path = Path("results.json")  # Scores, one object per run; rows of other runs are kept.
-    real: Path | None = None  # Folder of pictures of the target domain, for fid and kid.
+    real: Path | None = None  # Folder with pictures of the target domain, for fid and kid.
 
     samples: int = 256  # Latents per run; identity is a retrieval among them.
     quick: bool = False  # A first look, within a minute on puppets: 64 samples at most.
@@ -87,6 +84,7 @@ def check(cfg: Config) -> None:
         if len(found := pictures(cfg.real)) < FEWEST:
             raise ValueError(f"--real {cfg.real}: {len(found)} pictures, {FEWEST} are the least")
     read_rows(cfg.out)
+    check_siblings(cfg.out)
     for ckpt in cfg.ckpt:
         run_settings(ckpt)
 
@@ -103,7 +101,7 @@ def pictures(folder: Path) -> Pictures:
         raise ValueError(f"--real {error}") from error
 
 
-def read_rows(path: Path) -> dict[str, Row]:
+def read_rows(path: Path) -> dict[str, dict]:
     """Return the rows that an earlier call wrote, by run; none if there is no such file.
 
     Raises:
@@ -118,6 +116,28 @@ def read_rows(path: Path) -> dict[str, Row]:
     if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
         raise ValueError(f"--out {path} was not written by eval.py, so it stays as it is")
     return rows
+
+
+def sibling(out: Path, name: str) -> Path:
+    """Return the table or plot of this name that belongs to --out."""
+    return out.with_name(f"{out.stem}-{name}")
+
+
+def check_siblings(out: Path) -> None:
+    """Refuse tables and plots of others in the place of those that belong to --out.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if out.exists():  # It is ours (see `read_rows`), and so are they.
+        return
+    begins = {"table.md": b"| run | method | target |", "table.csv": b"run,"}
+    for name in (*begins, "bars.png", "steps.png"):
+        path = sibling(out, name)
+        if path.exists():
+            start = begins.get(name)
+            if not (path.read_bytes().startswith(start) if start else is_ours(path)):
+                raise ValueError(f"--out {out}: {path} was not written by eval.py: move it away")
 
 
 def _is_row(row: object) -> bool:
@@ -139,9 +159,6 @@ def run_settings(ckpt: Path) -> dict:
     if not ckpt.is_dir():
         raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
     settings = read_settings(ckpt)
-    for name, types in SETTINGS.items():
-        if not isinstance(settings.get(name), types):
-            raise ValueError(f"{ckpt / 'config.json'} has no usable {name!r}")
     if not (settings["prompt"] or settings["image"]):
         raise ValueError(f"{ckpt / 'config.json'} has neither 'prompt' nor 'image'")
     if not (ckpt / "generator.safetensors").exists():
@@ -160,8 +177,8 @@ from tqdm import tqdm
 import metrics
 from harness.devices import pick_device
 from harness.pictures import read_picture, to_image
-from harness.store import write_text
-from harness.tables import csv_table, markdown_table, plot_bars, plot_steps
+from harness.store import checksum, write_text
+from harness.tables import Row, csv_table, markdown_table, plot_bars, plot_steps
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
@@ -226,11 +243,12 @@ def main(cfg: Config) -> None:
 
 def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     """Return a checksum of all that a run's scores follow from."""
-    real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
-    crc = zlib.crc32(repr((VERSION, cfg.samples, cfg.seed, real)).encode())
-    for path in (ckpt / name for name in RUN_FILES):
-        crc = zlib.crc32(path.read_bytes() if path.exists() else b"", crc)
-    return f"crc32 {crc:08x}"
+    real = None
+    if cfg.real:
+        real = [(p.relative_to(cfg.real).as_posix(), *stamp) for p, *stamp in pictures(cfg.real)]
+    paths = [path for name in SCORED_FILES for path in sorted(ckpt.glob(name))]
+    options = repr((VERSION, cfg.samples, cfg.seed, real)).encode()
+    return checksum(options, *(path.read_bytes() for path in paths))
 
 
 def write_rows(path: Path, rows: dict[str, Row]) -> None:
@@ -242,11 +260,6 @@ def add_row(path: Path, run: str, row: Row) -> None:
     """Add a run's row to those of others, which other processes may be writing."""
     with sole_writer(path, wait=True):
         write_rows(path, read_rows(path) | {run: row})
-
-
-def sibling(out: Path, name: str) -> Path:
-    """Return the file of this name that belongs to --out."""
-    return out.with_name(f"{out.stem}-{name}")
 
 
 def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -> Row:
@@ -268,7 +281,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     clip = load_clip(locate(settings["clip"]), device)
-    real = embed_pictures(clip, pictures(cfg.real)) if cfg.real else None  # [K, D]
+    real = embed_pictures(clip, pictures(cfg.real), cfg.batch) if cfg.real else None  # [K, D]
     source = render_source(G_src, settings["trunc"], cfg, sources)
     adapted = render_all(G, source.views, settings["trunc"], cfg, "adapted")
 
@@ -291,7 +304,7 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
 def fingerprint_settings(settings: dict) -> str:
     """Return a checksum of the settings that runs of one row in the table have in common."""
     common = {k: v for k, v in settings.items() if k not in NOT_COMPARED}
-    return f"crc32 {zlib.crc32(json.dumps(common, sort_keys=True).encode()):08x}"
+    return checksum(json.dumps(common, sort_keys=True).encode())
 
 
 def target_name(settings: dict) -> str:
@@ -376,30 +389,32 @@ def load_clip(source: str, device: torch.device) -> ClipFeatures:
 
 
 @functools.lru_cache(maxsize=1)
-def embed_pictures(clip: ClipFeatures, files: Pictures) -> Tensor:
-    """Return CLIP's unit embeddings of the pictures of --real, [K, D].
+def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
+    """Return CLIP's unit embeddings of the pictures of --real that can be read, [K, D].
 
-    Says how many were found and used; those that cannot be read are named and left out.
+    Says how many were found and used, and why others were not.
 
     Raises:
         ValueError: too few can be read.
     """
     size = clip.model.config.vision_config.image_size
-    parts, failed = [], []
-    for path, *_ in tqdm(files, desc="real", unit="picture", leave=False):
+    images, parts, failed = [], [], []
+    for number, (path, *_) in enumerate(tqdm(files, desc="real", unit="picture", leave=False), 1):
         try:
-            square = to_image(read_picture(path))
-        except ValueError:
-            failed.append(path.name)
-            continue
-        image = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
-        with torch.no_grad():
-            parts.append(clip.images(image.to(clip.model.device)).cpu())
-    left_out = f"; cannot be read: {', '.join(failed)}" if failed else ""
-    said = f"--real: {len(files)} pictures found, {len(parts)} used{left_out}"
-    if len(parts) < FEWEST:
-        raise ValueError(f"{said}; {FEWEST} are the least")
-    tqdm.write(said, file=sys.stderr)
+            image = to_image(read_picture(path))
+            images.append(F.interpolate(image, (size, size), mode="bicubic", antialias=True))
+        except ValueError as error:
+            failed.append(str(error))
+        if images and (len(images) == batch or number == len(files)):
+            with torch.no_grad():
+                parts.append(clip.images(torch.cat(images).to(clip.model.device)).cpu())
+            images = []
+    used = len(files) - len(failed)
+    found = f"--real: {len(files)} pictures found, {used} used"
+    found += f"; {len(failed)} cannot be read, such as {failed[0]}" if failed else ""
+    if used < FEWEST:
+        raise ValueError(f"{found}; {FEWEST} are the least")
+    tqdm.write(found, file=sys.stderr)
     return torch.cat(parts)
 
 
@@ -497,16 +512,11 @@ def known_domains(settings: dict) -> dict[str, str]:
 
 def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> Row:
     """Return what `metrics.pose` and, from the front, `metrics.identity` do, of CLIP's cells."""
-    fitted, before, after, front_before, front_after = (
-        cells(clip, images, cfg)
-        for images in (
-            *(source.probes.image, source.renders.image, adapted.image),
-            *(source.renders.front, adapted.front),
-        )
-    )
-    angles = source.probe_views.angles, source.views.angles
-    row = metrics.pose(fitted, angles[0], before, after, angles[1])
-    return row | metrics.identity(front_before, front_after)
+    fitted, fitted_angles = cells(clip, source.probes.image, cfg), source.probe_views.angles
+    before, after = (cells(clip, x.image, cfg) for x in (source.renders, adapted))
+    row = metrics.pose(fitted, fitted_angles, before, after, source.views.angles)
+    before, after = (cells(clip, x.front, cfg) for x in (source.renders, adapted))
+    return row | metrics.identity(before, after)
 
 
 def geometry(G: TriPlaneGenerator, source: Source, adapted: Renders) -> Row:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import exit_codes, read_options
+from harness.pictures import is_ours
 from harness.run_folder import check_folder, check_source, locate, make_folder, read_settings
 
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
@@ -34,7 +35,9 @@ class Config:
     """Options of render.py."""
 
     ckpt: str  # Run folder, or generator: .safetensors, EG3D's .pkl, hub id user/repo/file, URL.
-    out: Path = Path("renders")  # Folder for the pictures; equal names are replaced.
+    out: Path = Path(
+        "renders"
+    )  # Folder for the pictures; earlier ones of equal names are replaced.
 
     seeds: str = "0-7"  # Latent codes, such as 0-7,12 (ends included).
     trunc: float = 1.0  # Truncation psi: 1 is the full variety, 0 the average head.
@@ -50,7 +53,7 @@ def check(cfg: Config) -> None:
     Raises:
         ValueError: naming the flag, the rule and the value.
     """
-    parse_range(cfg.seeds)
+    seeds = parse_range(cfg.seeds)
     if not isfinite(cfg.trunc):
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
     for flag, value, (least, most) in (
@@ -63,6 +66,31 @@ def check(cfg: Config) -> None:
         raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
     check_source("--ckpt", cfg.ckpt)
+    if cfg.out.exists():
+        check_replaced(cfg.out, seeds)
+
+
+def check_replaced(out: Path, seeds: list[int]) -> None:
+    """Refuse to replace files that render.py has not written.
+
+    Every file of a seed comes with its still, by whose text chunk they are known.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    endings = (".png", "_depth.png", ".webp", ".ply")
+    stills = [out / still_name(seed) for seed in seeds]
+    groups = {still: [still.with_name(still.stem + end) for end in endings] for still in stills}
+    groups[out / "grid.png"] = [out / "grid.png"]
+    for still, files in groups.items():
+        there = [path.name for path in files if path.exists()]
+        if there and not is_ours(still):
+            raise ValueError(f"--out {out}: {there[0]} was not written by render.py: move it away")
+
+
+def still_name(seed: int) -> str:
+    """Return the name of the picture of a seed."""
+    return f"seed{seed:04d}.png"
 
 
 def parse_range(text: str) -> list[int]:
@@ -118,7 +146,7 @@ def main(cfg: Config) -> None:
     for seed in tqdm(seeds, unit="seed"):
         subjects = [seed_to_subject(network, seed, cfg.trunc) for network in networks]
         stills = views(subjects[-1], VIEWS)
-        save_image(image_grid([stills["image"]]), cfg.out / f"seed{seed:04d}.png")
+        save_image(image_grid([stills["image"]]), cfg.out / still_name(seed))
         if cfg.depth:
             depth = depth_images(stills["image_depth"], stills["mask"])
             save_image(image_grid([depth]), cfg.out / f"seed{seed:04d}_depth.png")

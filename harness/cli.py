@@ -72,8 +72,8 @@ def exit_codes(alike: bool = False) -> Iterator[None]:
     except RuntimeError as error:  # What torch raises without memory, on any device.
         if not re.search("out of memory|not enough memory|allocate .*memory", str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        print(f"error: out of memory (docs/performance.md has advice): {reason}", file=err)
+        hint = "docs/performance.md says what needs less"
+        print(f"error: out of memory ({hint}): {str(error).splitlines()[0]}", file=err)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

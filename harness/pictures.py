@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from harness.store import atomic_write
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRID_COLUMNS = 8
-
-
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
 MOST_REFERENCES = 64  # The IP-Adapter attends to every one of them.
-HEIF_ENDINGS = {".heic", ".heif"}
-
-
 FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
+SOFTWARE = "GCA-3D"  # Stands in every PNG that these scripts write.
+# Formats that Pillow can name but not always read: data, videos, and what needs other programs.
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
+HEIF_ENDINGS = {".heic", ".heif", ".avif"}  # Phones' formats.
+# The modes of pictures whose colours a profile of this colour space describes.
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -60,8 +61,19 @@ def image_grid(rows: list[Tensor], columns: int = GRID_COLUMNS) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG, completely or not at all."""
-    atomic_write(path, lambda file: image.save(file, format="PNG"))
+    """Write a PNG that `is_ours` will know, completely or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", SOFTWARE)
+    atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file is a PNG that one of these scripts wrote."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, Image.DecompressionBombError):  # Missing, no picture, or too large.
+        return False
 
 
 def save_pictures(pictures: Iterable[Image.Image], path: Path) -> None:
@@ -78,22 +90,24 @@ def save_video(frames: list[Image.Image], path: Path) -> None:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """Return the pictures of a folder and its subfolders, by name; hidden files are none.
+    """Return the pictures of a folder and its subfolders, by name; hidden files do not count.
 
     Raises:
         ValueError: there is no such folder, or it may not be read.
     """
-    known = Image.registered_extensions().items()
-    endings = {ending for ending, kind in known if kind in Image.OPEN} | HEIF_ENDINGS
+    kinds = Image.registered_extensions().items()
+    endings = {end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PICTURES}
+    endings |= HEIF_ENDINGS
     try:
+        folder.stat()
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+            raise ValueError(f"{folder}: no folder")
+        paths = [path for path in folder.rglob("*") if path.suffix.lower() in endings]
+        # On disks of other systems macOS leaves a ._0.JPG next to each 0.JPG.
+        hidden = {p for p in paths if any(x[0] == "." for x in p.relative_to(folder).parts)}
+        return sorted(path for path in paths if path not in hidden and path.is_file())
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from error
-    # On disks of other systems macOS leaves a ._0.JPG next to each 0.JPG.
-    parts = {path: path.relative_to(folder).parts for path in found}
-    return [p for p in found if p.is_file() and not any(x.startswith(".") for x in parts[p])]
 
 
 def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
@@ -102,40 +116,22 @@ def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     Raises:
         ValueError: one is missing or no picture, a folder holds none, or there are too many.
     """
-    files = []
+    files: list[Path] = []
     for path in paths:
-        files += find_pictures(path) if os.path.isdir(path) else [path]
-        if not files or (os.path.isdir(path) and not find_pictures(path)):
-            raise ValueError(f"{path}: no pictures in it")
+        found = find_pictures(path) if os.path.isdir(path) else [path]
+        if not found:
+            raise ValueError(f"{path}: no pictures in this folder")
+        files += found
     if len(files) > MOST_REFERENCES:
-        raise ValueError(f"{len(files)} reference pictures, at most {MOST_REFERENCES} are taken")
+        raise ValueError(
+            f"{len(files)} reference pictures, of which the prior would attend to every one at "
+            f"every step: give at most {MOST_REFERENCES}"
+        )
     return [read_picture(path) for path in files]
 
 
-def to_srgb(picture: Image.Image, path: Path) -> Image.Image:
-    """Convert a picture with a colour profile of its own to sRGB; most have none.
-
-    A profile that cannot be used is left out, with a warning.
-    """
-    profile = picture.info.get("icc_profile")
-    if not profile:
-        return picture
-    try:
-        mode = "RGBA" if picture.mode in ("RGBA", "LA", "PA") else "RGB"
-        if picture.mode in ("P", "PA", "1"):  # Palettes are in the profile's colours too.
-            picture = picture.convert(mode)
-        own = ImageCms.getOpenProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(
-            picture, own, ImageCms.createProfile("sRGB"), outputMode=mode
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        warnings.warn(f"{path}: its colour profile is left out ({error})", stacklevel=2)
-        return picture
-    return converted or picture
-
-
 def read_picture(path: Path) -> Image.Image:
-    """Read any picture as an upright RGB square of at most 512 px.
+    """Read any picture as an upright RGB square of at most 512 px, in sRGB.
 
     Transparency becomes white. The largest square is kept, from the middle of a wide picture and
     nearer to the top of a tall one, where a portrait has its face: bars would be seen as style.
@@ -143,10 +139,8 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
         ValueError: the file is missing or no picture.
     """
-    if path.suffix.lower() in HEIF_ENDINGS:
-        _register_heif(path)
     try:
-        with Image.open(path) as file:
+        with _open(path) as file:
             picture = ImageOps.exif_transpose(file)
             picture.load()
     # Damaged pictures make Pillow's decoders raise nearly anything.
@@ -154,10 +148,11 @@ def read_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path}: no readable picture ({error})") from error
 
     if picture.mode.startswith(("I", "F")):  # Which convert() would clip instead of scale.
-        values = np.asarray(picture, dtype=np.float64)
+        values, info = np.asarray(picture, dtype=np.float64), picture.info
         tops = (65535,) if picture.mode.startswith("I;16") else (1, 255, 65535)
         top = next((top for top in tops if values.max() <= top), values.max())
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+        picture.info = {"icc_profile": info.get("icc_profile")}
     picture = to_srgb(picture, path)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -168,14 +163,51 @@ def read_picture(path: Path) -> Image.Image:
     return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC, centering=(0.5, 0.25))
 
 
-def _register_heif(path: Path) -> None:
-    """Let Pillow read HEIC, as phones write it.
+def to_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """Convert a picture that has a colour profile to sRGB, and drop the profile.
+
+    If it stayed, a copy that is written and read again would be converted twice. One that cannot
+    be used is dropped with a warning.
+    """
+    profile = picture.info.pop("icc_profile", None)
+    if not profile:
+        return picture
+    opaque = not picture.has_transparency_data
+    whole = picture if opaque else picture.convert("RGBA")
+    of_picture = {"1": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, picture.mode)
+    of_picture = of_picture if of_picture in ("L", "CMYK") else "RGB"
+    try:
+        own = ImageCms.getOpenProfile(io.BytesIO(profile))
+        mode = PROFILE_MODES.get(own.profile.xcolor_space.strip())
+        if mode != of_picture and (mode, of_picture) != ("RGB", "L"):
+            raise ValueError(f"made for {own.profile.xcolor_space.strip()}, not {picture.mode}")
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(whole.convert(mode), own, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        print(f"warning: {path}: its colour profile is left out ({error})", file=sys.stderr)
+        return picture
+    converted.info.pop("icc_profile", None)
+    if not opaque:
+        converted.putalpha(whole.getchannel("A"))
+    return converted
+
+
+def _open(path: Path) -> Image.Image:
+    """Open a picture, also one as phones write them if pillow-heif is installed.
 
     Raises:
-        ValueError: pillow-heif is not installed.
+        ValueError: it is such a picture, and cannot be read without pillow-heif.
     """
     try:
-        from pillow_heif import register_heif_opener
-    except ImportError as error:
-        raise ValueError(f"{path}: HEIC needs pillow-heif: pip install pillow-heif") from error
-    register_heif_opener()
+        return Image.open(path)
+    except Image.UnidentifiedImageError as error:
+        with open(path, "rb") as file:
+            start = file.read(12)
+        if start[4:8] != b"ftyp":  # As all files of this family begin, after a length.
+            raise
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("HEIC needs pillow-heif: pip install pillow-heif") from error
+        pillow_heif.register_heif_opener()
+        return Image.open(path)

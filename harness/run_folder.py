@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from harness.download import HUB_ID, MIRRORS
-from harness.store import write_text
+from harness.store import checksum, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_FILES = (
@@ -29,19 +28,22 @@ RUN_FILES = (
     "ckpt-*.pt",
     "generator.safetensors",
 )
-# Settings that may differ between a run and its resume. Of pictures, what they show is compared.
-FREE_TO_CHANGE = {
-    *("out", "image", "device", "save_every", "grid_every", "dry_run"),
-    *("micro_batch", "low_memory", "compile"),  # Slower or faster; to rounding the same gradients.
-}
+# Settings that may differ between a run and its resume. What pictures show is compared, not where
+# they are.
+FREE_TO_CHANGE = {"out", "image", "device", "save_every", "grid_every", "dry_run"}
+# These make a run slower or faster; its gradients are the same, to rounding.
+FREE_TO_CHANGE |= {"micro_batch", "low_memory", "compile"}
 # Settings that scripts read back from config.json, and the types they may have.
-TEXT, MAYBE_TEXT = (str,), (str, type(None))
 SETTINGS_READ = {
-    "prompt": MAYBE_TEXT,
+    "prompt": (str, type(None)),
     "image": (str, list, type(None)),
-    "method": TEXT,
-    "generator": TEXT,
-    "clip": TEXT,
+    "method": str,
+    "generator": str,
+    "diffusion": str,
+    "clip": str,
+    "steps": int,
+    "seed": int,
+    "trunc": (int, float),
 }
 
 
@@ -56,7 +58,7 @@ def sole_writer(path: Path, wait: bool = False) -> Iterator[None]:
     Raises:
         ValueError: another process is at work on it.
     """
-    name = f"gca3d-{zlib.crc32(os.fsencode(path.resolve())):08x}.lock"
+    name = checksum(os.fsencode(path.resolve())).replace(" ", "-") + ".lock"
     folder = Path(tempfile.gettempdir(), f"gca3d-locks-{getattr(os, 'getuid', getpass.getuser)()}")
     folder.mkdir(exist_ok=True)
     try:
@@ -171,10 +173,17 @@ def check_run(folder: Path, settings: dict) -> None:
         found = sorted(path.name for name in RUN_FILES for path in folder.glob(name))
         if found:
             raise ValueError(f"--out {folder} is no run, and its {', '.join(found)} would be lost")
-        others = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+        # Hidden files do not count, such as .DS_Store or what a kill left of config.json; except
+        # where a slip leads, such as an unset variable in --out "$RUN" or --out ~/$RUN.
+        others = sorted(path.name for path in folder.glob("*"))
+        if not any(x.resolve().is_relative_to(folder.resolve()) for x in (Path(), Path.home())):
+            others = [name for name in others if not name.startswith(".")]
         if others:
             some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            raise ValueError(f"--out {folder.absolute()} is no run and not empty: it holds {some}")
+            raise ValueError(
+                f"--out {folder.absolute()} is no run and not empty (it holds {some}): name a new "
+                "folder, and a run's files will not get mixed up with others"
+            )
         return
     then = read_settings(folder)
     changed = [

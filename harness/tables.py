@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.pictures import SOFTWARE
 from harness.store import atomic_write
 
 PANELS = 4  # Side by side in a plot.
 BAR, LETTER = 0.25, 0.08  # Height of a bar and width of a letter, inches.
+MARK = {"Software": SOFTWARE}  # By which `pictures.is_ours` knows a plot.
 
 Row = dict[str, float | int | str]  # One run's settings and scores, by name.
 Log = list[dict[str, float]]  # A run's log.jsonl.
@@ -97,7 +99,7 @@ def plot_bars(rows: dict[str, Row], path: Path) -> None:
             deviation = np.std(values, ddof=1) if len(values) > 1 else None
             axis.barh(run, np.mean(values) if values else 0.0, xerr=deviation)
     axes[0].invert_yaxis()  # The first row on top.
-    atomic_write(path, lambda file: figure.savefig(file, format="png"))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", metadata=MARK))
 
 
 def plot_steps(logs: dict[str, Log], path: Path) -> None:
@@ -112,7 +114,7 @@ def plot_steps(logs: dict[str, Log], path: Path) -> None:
             points = [(entry["step"], entry[name]) for entry in log if name in entry]
             axis.plot(*zip(*points, strict=True) if points else ([], []), label=run)
     axes[0].legend(fontsize="x-small")
-    atomic_write(path, lambda file: figure.savefig(file, format="png"))
+    atomic_write(path, lambda file: figure.savefig(file, format="png", metadata=MARK))
 
 
 def _panels(names: list[str], height: float, margin: float = 0.0) -> tuple:
@@ -120,7 +122,7 @@ def _panels(names: list[str], height: float, margin: float = 0.0) -> tuple:
 
     Args:
         names: Titles.
-        height: Of a panel, inches.
+        height: Height of a panel, inches.
         margin: Inches for what stands left of the y axes, which then are the same in all panels.
     """
     from matplotlib.figure import Figure
