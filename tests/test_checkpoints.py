@@ -50,3 +50,27 @@ def test_checkpoint_that_is_no_training_state_is_passed_over(state, tmp_path, ca
     torch.save(state, tmp_path / "ckpt-000002.pt")
     assert load_checkpoint(tmp_path) == {"step": 1}
     assert "ckpt-000002.pt is damaged" in capsys.readouterr().err
+
+
+def flips(path):
+    """Yield a file's content with one byte changed, at every 20th part of it."""
+    whole = path.read_bytes()
+    for part in range(21):
+        damaged = bytearray(whole)
+        damaged[min(part * len(whole) // 20, len(whole) - 1)] ^= 0x10
+        yield part, bytes(damaged)
+
+
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, capsys):
+    for step in (1, 2):
+        weights = torch.arange(5000.0) * step
+        save_checkpoint(tmp_path / f"ckpt-{step:06d}.pt", {"step": step, "w": weights})
+    noticed = 0
+    for part, damaged in flips(tmp_path / "ckpt-000002.pt"):
+        (tmp_path / "ckpt-000002.pt").write_bytes(damaged)
+        state, err = load_checkpoint(tmp_path), capsys.readouterr().err
+        assert torch.equal(state["w"], torch.arange(5000.0) * state["step"]), part
+        if state["step"] == 1:
+            noticed += 1
+            assert err.count("\n") == 1 and "ckpt-000002.pt is damaged" in err
+    assert noticed >= 19  # What is left may be padding, which nobody reads.

@@ -139,7 +139,8 @@ def no_header(path, saved):
 
 def tampered(path, saved, drop=(), **changes):
     tensors = {k: v for k, v in load_file(saved).items() if k not in drop}
-    save_file(tensors, path / "tampered.safetensors", metadata(saved) | changes)
+    header = {k: v for k, v in metadata(saved).items() if k != "checksum"} | changes
+    save_file(tensors, path / "tampered.safetensors", header)
     return path / "tampered.safetensors"
 
 
@@ -179,7 +180,8 @@ def singular_axes(path, saved):
 def nan_weight(path, saved):
     tensors = load_file(saved)
     tensors["decoder.net.0.bias"][0] = torch.nan
-    save_file(tensors, path / "nan.safetensors", metadata(saved))
+    header = {k: v for k, v in metadata(saved).items() if k != "checksum"}
+    save_file(tensors, path / "nan.safetensors", header)
     return path / "nan.safetensors"
 
 
@@ -261,4 +263,33 @@ def test_what_is_no_file_is_refused_unopened(tmp_path, saved):
 def test_generator_that_no_script_can_use_is_refused(changes, tmp_path):
     save_generator(small_generator(**changes), tmp_path / "g.safetensors")
     with pytest.raises(ValueError, match="c_dim must be 25, img_channels 3"):
+        load_generator(tmp_path / "g.safetensors")
+
+
+def test_a_flipped_byte_is_refused_in_one_line(tmp_path, saved):
+    whole, path = saved.read_bytes(), tmp_path / "flipped.safetensors"
+    data = 8 + int.from_bytes(whole[:8], "little")
+    places = [part * (len(whole) - 1) // 20 for part in range(21)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="flipped.safetensors holds no usable gen") as refusal:
+            load_generator(path)
+        assert "\n" not in str(refusal.value)
+        assert place < data or "it is damaged" in str(refusal.value)
+    assert max(places) >= data
+
+
+def test_files_without_a_checksum_load_as_before(tmp_path, saved):
+    path = tampered(tmp_path, saved)
+    assert "checksum" not in metadata(path)
+    for name, value in load_generator(path).state_dict().items():
+        assert torch.equal(value, load_generator(saved).state_dict()[name]), name
+
+
+def test_a_changed_header_is_damage_too(tmp_path, saved):
+    header = metadata(saved) | {"neural_rendering_resolution": "13"}
+    save_file(load_file(saved), tmp_path / "g.safetensors", header)
+    with pytest.raises(ValueError, match="it is damaged"):
         load_generator(tmp_path / "g.safetensors")

@@ -1,10 +1,14 @@
 """Files are written completely or not at all."""
 
 import os
+import subprocess
+import sys
+import zlib
 
 import pytest
 
-from harness.store import atomic_write
+from harness.run_folder import REPOSITORY
+from harness.store import atomic_write, checksum, write_bytes, write_text
 
 
 def test_failed_write_keeps_the_old_content(tmp_path):
@@ -25,3 +29,40 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_, name=name: acts.append(name))
     atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert acts == ["fsync", "replace"]
+
+
+def test_text_and_bytes_arrive_as_they_are(tmp_path):
+    write_text(tmp_path / "text", "ü\n")
+    write_bytes(tmp_path / "bytes", b"\x00\r\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xbc\n"
+    assert (tmp_path / "bytes").read_bytes() == b"\x00\r\n"
+
+
+def test_checksum_does_not_depend_on_the_cuts():
+    assert checksum(b"ab", b"", b"c") == checksum(b"abc") == f"crc32 {zlib.crc32(b'abc'):08x}"
+    assert checksum(b"abd") != checksum(b"abc") and checksum() == "crc32 00000000"
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from harness.checkpoints import save_checkpoint
+from harness.cli import exit_codes
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+save_checkpoint(folder / "ckpt-000001.pt", {"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # As ulimit -f does.
+with exit_codes():
+    save_checkpoint(folder / "ckpt-000002.pt", {"step": 2, "w": torch.zeros(100_000)})
+"""
+
+
+@pytest.mark.parametrize("limit", [700, 100_000, 401_000])  # In the header, the data, the index.
+def test_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, limit):
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", FULL_DISK, tmp_path, str(limit)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "File too large" in line and "ckpt-000002.pt" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt-000001.pt"]
