@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from itertools import takewhile
 from typing import Any, TextIO, TypeVar
 
 import tyro
@@ -156,12 +155,14 @@ def parse_options(
 def _reason(box: str) -> str:
     """Return what tyro says of a mistake in one line; it has no hook for that (1.0.17).
 
-    Its box has a title, the reason, a rule, and perhaps the options that could have been meant.
+    Its box has a title, the reason, and after a rule advice, or options that could have been meant.
+    On consoles that know only ASCII there is a rule below the title, too.
     """
-    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()[1:]]
-    reason = " ".join(takewhile(bool, lines)).rstrip(".")
-    meant = re.search(r"you meant:.*?(--[\w.-]+)", " ".join(lines))
-    return f"{reason}; perhaps {meant[1]}" if meant else reason
+    text = re.sub("^[ │|]+|[ │|]+$", "", box, flags=re.MULTILINE)
+    parts = re.split("^[╰─-]{9,}╯?$", text.partition("\n")[2], flags=re.MULTILINE)
+    reason = next((" ".join(part.split()) for part in parts if part.strip()), "no such options")
+    meant = re.search(r"you meant:\s+(--[\w.-]+)", text)
+    return reason.rstrip(".") + (f"; perhaps {meant[1]}" if meant else "")
 
 
 def expand_home(argv: Sequence[str]) -> list[str]:

@@ -99,9 +99,9 @@ def find_pictures(folder: Path) -> list[Path]:
     endings = {end for end, kind in kinds if kind in Image.OPEN and kind not in NO_PICTURES}
     endings |= HEIF_ENDINGS
     try:
-        folder.stat()
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no folder")
+            raise ValueError(f"{folder}: no such folder")
+        next(folder.iterdir(), None)  # Fails where reading is not allowed; rglob finds nothing.
         paths = [path for path in folder.rglob("*") if path.suffix.lower() in endings]
         # On disks of other systems macOS leaves a ._0.JPG next to each 0.JPG.
         hidden = {p for p in paths if any(x[0] == "." for x in p.relative_to(folder).parts)}

@@ -1,11 +1,14 @@
 """The scripts as typed: every option is documented, bad input is one line and exit code 2."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +27,8 @@ import terms
 import train
 from config import parse
 from files.generators import save_generator
-from harness.cli import exit_codes, run_cli
+from harness.checkpoints import load_checkpoint
+from harness.cli import exit_codes, merge_repeats, read_options, run_cli
 from harness.run_folder import sole_writer
 
 REPOSITORY = Path(train.__file__).parent
@@ -549,3 +553,205 @@ def test_a_fresh_process_refuses_in_one_line_from_any_folder(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+# Repeated options, and the ~ of paths.
+
+
+@pytest.mark.parametrize(
+    ("argv", "merged"),
+    [
+        ("--ckpt a --out x --ckpt b c", "--ckpt a b c --out x"),
+        ("--ckpt=a --ckpt=b", "--ckpt a b"),
+        ("--lora_files a 0.8 --out x --lora-files b -0.5", "--lora-files a 0.8 b -0.5 --out x"),
+        ("--trunc -1.5 --weights.hsc -.5e-3 --mask", "--trunc -1.5 --weights.hsc -.5e-3 --mask"),
+        ("--prompt=-x --out=y=z", "--prompt=-x --out=y=z"),
+        ("first --ckpt a", "first --ckpt a"),
+        ("", ""),
+    ],
+)
+def test_values_of_a_repeated_option_add_up(argv, merged):
+    assert merge_repeats(argv.split(), {"ckpt", "lora_files"}) == merged.split()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--seed 1 --seed 2", "--seed is given twice: 1 and 2"),
+        ("--seed=1 --out x --seed -2", "--seed is given twice: 1 and -2"),
+        ("--t_range 0 1 --t-range=0.5 1", "--t-range is given twice: 0 1 and 0.5 1"),
+        ("--weights.hsc 1 --weights.hsc=1", "--weights.hsc is given twice: 1 and 1"),
+        ("--mask --mask", "--mask is given twice"),
+    ],
+)
+def test_any_other_option_given_twice_is_refused_with_both_values(argv, reason):
+    with pytest.raises(ValueError) as refusal:
+        merge_repeats(argv.split(), {"ckpt"})
+    assert str(refusal.value) == reason
+
+
+REQUIRED = {
+    "bench": [],
+    "convert": ["--generator", "g.pkl", "--out", "g.safetensors"],
+    "eval": ["--ckpt", "a"],
+    "render": ["--ckpt", "a"],
+    "train": ["--prompt", "x"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_script_refuses_a_repeated_option(script, call):
+    twice = ["--device", "cpu", "--device", "cuda"]
+    reason = "--device is given twice: cpu and cuda"
+    if script is convert:
+        twice, reason = ["--half", "--half"], "--half is given twice"
+    code, _, err = call(script, [*REQUIRED[script.__name__], *twice])
+    assert (code, err) == (2, f"error: {reason}\n")
+
+
+def test_ckpts_and_pictures_given_twice_both_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--ckpt", "a", "--seed", "3", "--ckpt", "b", "c"])
+    cfg = read_options(evaluation.Config, "", lambda _: None, evaluation.ADDITIVE)
+    assert (cfg.ckpt, cfg.seed) == ((Path("a"), Path("b"), Path("c")), 3)
+    argv = "--image a.png --lora x 0.8 --image b.png --lora y -0.5 --embedding e --embedding f"
+    cfg = read(train, argv.split())
+    assert cfg.image == (Path("a.png"), Path("b.png")) and cfg.lora == (("x", 0.8), ("y", -0.5))
+    assert cfg.embedding == ("e", "f")
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "expected"),
+    [
+        (convert, "--generator ~/g.pkl --out=~/x.safetensors", {"out": "x.safetensors"}),
+        (convert, "--generator=~/g.pkl --out x", {"generator": "g.pkl"}),
+        (evaluation, "--ckpt ~/a b --real=~/r --out ~/o.json", {"out": "o.json", "real": "r"}),
+        (render, "--ckpt=~/a --out ~/o", {"ckpt": "a", "out": "o"}),
+    ],
+)
+def test_the_tilde_of_paths_is_the_home_folder(tmp_path, monkeypatch, script, argv, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [script.__file__, *argv.split()])
+    cfg = read_options(script.Config, "", lambda _: None, getattr(script, "ADDITIVE", ()))
+    for name, value in expected.items():
+        assert str(getattr(cfg, name)) == str(tmp_path / value)
+    if script is evaluation:
+        assert cfg.ckpt == (tmp_path / "a", Path("b"))
+
+
+def test_train_expands_paths_and_leaves_texts_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--out=~/run", "--image", "~/a.png", "--generator", "~/g.pkl", "--prompt", "~/a tilde"]
+    cfg = read(train, [*argv, "--lora", "~/l", "--embedding", "~/e"])
+    paths = (cfg.out, *cfg.image, cfg.generator, cfg.lora[0][0], *cfg.embedding)
+    names = ("run", "a.png", "g.pkl", "l", "e")
+    assert [str(path) for path in paths] == [str(tmp_path / name) for name in names]
+    assert cfg.prompt == "~/a tilde"
+
+
+# Messages, consoles and terminals.
+
+
+MISTAKES = {
+    "--sed 1 --ckpt a": "Unrecognized options: --sed",
+    "--ckpt": "Missing value for argument '--ckpt'. Expected 1 values",
+    "--trunc x --ckpt a": "Error parsing --trunc: could not convert string to float: 'x'",
+    "": "Missing from render.py: --ckpt STR Run folder, or generator: .safetensors, EG3D's",
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])  # By which tyro decides how to draw.
+@pytest.mark.parametrize("argv", MISTAKES)
+def test_a_mistake_is_explained_in_one_line(argv, encoding):
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "render.py", *argv.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {MISTAKES[argv]}")
+    assert ("perhaps --seeds" in done.stderr) == ("--sed" in argv)
+    assert "--help" in done.stderr and "---" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["convert", "eval", "render", "train"])
+@pytest.mark.parametrize("argv", [["--help"], ["--nonsense", "1"]])
+def test_help_and_mistakes_come_before_torch_is_imported(script, argv):
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}.py", *{argv}]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+finally:
+    assert not {{"torch", "diffusers", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert done.returncode == (0 if argv == ["--help"] else 2), done.stderr
+
+
+SAY = """
+import sys
+from harness.cli import exit_codes
+with exit_codes():
+    print("caf" + chr(0xE9), chr(0x6F22))
+    print("warning", chr(0x6F22), file=sys.stderr)
+    for _ in range(2000):
+        print("more and more lines")
+print("after", file=sys.stderr)
+"""
+
+
+def say(encoding="utf-8", **options):
+    """Run a script that prints a lot, on a console of this encoding."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run([sys.executable, "-c", SAY], cwd=REPOSITORY, env=env, **options)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line"),
+    [
+        ("ascii", b"caf\\xe9 \\u6f22"),
+        ("cp1252", b"caf\xe9 \\u6f22"),
+        ("utf-8", b"caf\xc3\xa9 \xe6\xbc\xa2"),
+    ],
+)
+def test_a_character_that_the_console_lacks_ends_no_run(encoding, line):
+    done = say(encoding)
+    assert done.returncode == 0 and done.stderr.endswith(b"after\n")
+    assert done.stdout.splitlines()[0] == line
+
+
+def test_output_that_nobody_reads_ends_no_run():
+    read, write = os.pipe()
+    os.close(read)
+    done = say(stdout=write)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr.endswith(b"after\n")
+    assert b"Broken pipe" not in done.stderr and b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stream_that_was_closed_before_the_start_ends_no_run(number):
+    done = say(preexec_fn=lambda: os.close(number))
+    assert done.returncode == 0
+
+
+def test_a_terminal_that_is_gone_ends_a_run_with_a_checkpoint_and_exit_code_129(tmp_path):
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    argv = arguments(tmp_path / "run", steps=100_000)
+    terminal, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *argv],
+        **{"stdin": child, "stdout": child, "stderr": child},
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )
+    os.close(child)
+    log = tmp_path / "run/log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None
+        os.set_blocking(terminal, False)
+        with suppress(BlockingIOError):
+            os.read(terminal, 10_000)
+        time.sleep(0.05)
+    os.close(terminal)  # As when an ssh session ends.
+    assert process.wait(60) == 129
+    (checkpoint,) = (tmp_path / "run").glob("ckpt-*.pt")
+    assert load_checkpoint(tmp_path / "run")["step"] == len(log.read_text().splitlines())

@@ -358,6 +358,62 @@ def test_real_pictures_that_are_the_adapted_ones_have_no_distance(finished, tmp_
     assert far["real"] == str(photos) and far["pose_deg"] == near["pose_deg"]
 
 
+def test_pictures_of_every_kind_and_subfolder_count_and_the_row_says_how_many(
+    finished, tmp_path, photos, capsys
+):
+    pytest.importorskip("torchmetrics")
+    for number, name in enumerate(["a.tif", "deep/er/b.JPEG", "deep/c.webp", "._0.PNG"]):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {".tif": "TIFF", ".JPEG": "JPEG", ".webp": "WEBP", ".PNG": "PNG"}[Path(name).suffix]
+        Image.new("RGB", (20, 20), (50 * number, 0, 90)).save(photos / name, format=kind)
+    (photos / "broken.png").write_bytes(b"no picture")
+    row = score(finished, tmp_path / "x.json", real=photos)[str(finished)]
+    assert row["real_pictures"] == 11
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "pictures found" in x)
+    assert "--real: 12 pictures found, 11 used; 1 cannot be read" in line and "broken.png" in line
+
+
+def test_a_picture_that_moves_or_changes_is_scored_again(finished, tmp_path, photos):
+    cfg = replace(CFG, real=photos)
+    before = evaluation.fingerprint_inputs(finished, cfg)
+    assert evaluation.fingerprint_inputs(finished, cfg) == before
+    (photos / "deep").mkdir()
+    (photos / "0.PNG").rename(photos / "deep/0.PNG")
+    assert evaluation.fingerprint_inputs(finished, cfg) != before
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "bars.png", "steps.png"])
+def test_tables_and_plots_of_others_are_refused_by_name(finished, tmp_path, name):
+    (tmp_path / f"results-{name}").write_text("mine")
+    with pytest.raises(ValueError, match=f"results-{name} was not written by eval.py"):
+        score(finished, tmp_path / "results.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_tables_and_plots_of_an_earlier_call_are_replaced(finished, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name, plot in PLOTS.items():
+        monkeypatch.setattr(evaluation, name, plot)
+    monkeypatch.setattr(evaluation, "score_run", lambda *_: dict(ROW))
+    score(finished, tmp_path / "results.json")
+    (tmp_path / "results.json").unlink()  # To start over.
+    score(finished, tmp_path / "results.json")
+
+
+def test_a_target_of_words_and_pictures_names_them_all():
+    settings = {"prompt": "a clown", "image": ["/photos/a.jpg", "b.png"]}
+    assert evaluation.target_name(settings) == "a clown + a.jpg + b.png"
+    assert evaluation.target_name({"prompt": "", "image": ["b.png"]}) == "b.png"
+
+
+def test_where_pictures_are_is_no_other_configuration():
+    settings = {"prompt": "", "image": ["a.png"], "image_pixels": "crc32 1"}
+    moved = settings | {"image": ["/elsewhere/a.png"]}
+    other = settings | {"image_pixels": "crc32 2"}
+    first, second, third = map(evaluation.fingerprint_settings, (settings, moved, other))
+    assert first == second != third
+
+
 @pytest.mark.parametrize("case", ["missing", "few", "broken", "no torchmetrics"])
 def test_real_pictures_that_cannot_be_used_are_refused(
     finished, tmp_path, photos, monkeypatch, case

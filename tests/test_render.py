@@ -228,3 +228,20 @@ def test_result_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out"):
         render.main(render.Config("unread", tmp_path / "file" / "out", **RENDER))
+
+
+@pytest.mark.parametrize("name", ["seed0003.png", "seed0005_depth.png", "seed0005.ply", "grid.png"])
+def test_a_file_that_render_did_not_write_is_refused_by_name(tmp_path, adapted, name):
+    (tmp_path / "holiday.jpg").touch()  # Other names are in nobody's way.
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match=f"--out {tmp_path}: {name} was not written by render.py"):
+        render.main(render.Config(str(adapted), tmp_path, depth=True, **RENDER))
+    assert (tmp_path / name).read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_render_wrote_is_replaced(tmp_path, adapted):
+    for seeds in ("3", "3,5"):
+        render.main(render.Config(str(adapted), tmp_path, seeds, depth=True, device="cpu"))
+    assert Image.open(tmp_path / "grid.png").size == (64, 64)
+    assert (tmp_path / "seed0005_depth.png").exists()
