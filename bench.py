@@ -89,10 +89,9 @@ class Config:
     batch: int = 1  # Samples in a step.
     micro_batch: int | None = None  # Samples that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
-    precision: Literal["fp32", "fp16", "bf16"] | None = (
-        None  # Precision of the prior except its VAE.
-    )
-    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Precision of the VAE.
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Precision of the prior except its VAE."""
+    vae_precision: Literal["fp32", "bf16"] = "fp32"  # Precision of the VAE itself.
     compile: bool = False  # Compile UNet, ControlNet and VAE.
 
     parts: tuple[str, ...] = ()  # Parts to measure, by their names in the table; none: all.

@@ -35,9 +35,7 @@ class Config:
     """Options of render.py."""
 
     ckpt: str  # Run folder, or generator: .safetensors, EG3D's .pkl, hub id user/repo/file, URL.
-    out: Path = Path(
-        "renders"
-    )  # Folder for the pictures; earlier ones of equal names are replaced.
+    out: Path = Path("renders")  # Folder for the pictures; those of earlier calls are replaced.
 
     seeds: str = "0-7"  # Latent codes, such as 0-7,12 (ends included).
     trunc: float = 1.0  # Truncation psi: 1 is the full variety, 0 the average head.

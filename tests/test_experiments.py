@@ -135,8 +135,9 @@ def test_true_heads_are_seen_as_the_adapted_ones_are():
     assert (true.roll(2, 0) - drawn).abs().mean() > 2 * error.mean()
 
 
-def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
-    shown, written = (read_tables(REPOSITORY / name) for name in ("README.md", "docs/results.md"))
+def test_numbers_of_the_findings_are_those_that_the_experiments_wrote():
+    names = ("docs/findings.md", "docs/results.md")
+    shown, written = (read_tables(REPOSITORY / name) for name in names)
     assert [len(table) for table in shown] == [8, 2, 6, 3]
     for table in shown:
         assert any(
@@ -145,15 +146,24 @@ def test_numbers_of_the_readme_are_those_that_the_experiments_wrote():
         ), table
 
 
-def test_readme_counts_the_trials():
+def test_numbers_of_the_readme_are_the_means_of_the_findings():
+    shown, found = (read_tables(REPOSITORY / name)[0] for name in ("README.md", "docs/findings.md"))
+    assert [len(row) for row in shown] == [6] * 5
+    of_method = {row[""]: row for row in found}
+    for row in shown:
+        for name, cell in row.items():
+            assert cell == re.sub(r" ± \S+", "", of_method[row[""]][name]), (row[""], name)
+
+
+def test_findings_count_the_trials():
     trials = evaluation.read_rows(REPOSITORY / "docs/tuning.json")
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    findings = " ".join((REPOSITORY / "docs/findings.md").read_text().split())
     names = {"gca3d": "GCA-3D", "sds": "SDS", "nada": "NADA", "3d-adapter": "3D-Adapter"}
     names |= {"stylegan-fusion": "StyleGAN-Fusion", "diffusiongan3d": "DiffusionGAN3D"}
     counts = Counter(row["method"] for row in trials.values())
     assert counts.keys() == names.keys()
     for method, count in counts.items():
-        assert re.search(rf"\b{count} (runs )?of {names[method]}\b", readme), method
+        assert re.search(rf"\b{count} (runs )?of {names[method]}\b", findings), method
 
 
 def test_results_are_those_of_the_committed_scores(docs):
