@@ -243,9 +243,7 @@ def main(cfg: Config) -> None:
 
 def fingerprint_inputs(ckpt: Path, cfg: Config) -> str:
     """Return a checksum of all that a run's scores follow from."""
-    real = None
-    if cfg.real:
-        real = [(p.relative_to(cfg.real).as_posix(), *stamp) for p, *stamp in pictures(cfg.real)]
+    real = [(path.name, *stamp) for path, *stamp in pictures(cfg.real)] if cfg.real else None
     paths = [path for name in SCORED_FILES for path in sorted(ckpt.glob(name))]
     options = repr((VERSION, cfg.samples, cfg.seed, real)).encode()
     return checksum(options, *(path.read_bytes() for path in paths))

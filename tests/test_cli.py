@@ -694,14 +694,13 @@ with exit_codes():
     print("warning", chr(0x6F22), file=sys.stderr)
     for _ in range(2000):
         print("more and more lines")
-print("after", file=sys.stderr)
 """
 
 
 def say(encoding="utf-8", **options):
     """Run a script that prints a lot, on a console of this encoding."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    env = os.environ | {"PYTHONIOENCODING": encoding}
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""}
     return subprocess.run([sys.executable, "-c", SAY], cwd=REPOSITORY, env=env, **options)
 
 
@@ -715,17 +714,19 @@ def say(encoding="utf-8", **options):
 )
 def test_a_character_that_the_console_lacks_ends_no_run(encoding, line):
     done = say(encoding)
-    assert done.returncode == 0 and done.stderr.endswith(b"after\n")
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1
     assert done.stdout.splitlines()[0] == line
 
 
-def test_output_that_nobody_reads_ends_no_run():
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_ends_no_run(stream):
     read, write = os.pipe()
     os.close(read)
-    done = say(stdout=write)
+    done = say(**{stream: write})
     os.close(write)
-    assert done.returncode == 0 and done.stderr.endswith(b"after\n")
-    assert b"Broken pipe" not in done.stderr and b"Exception" not in done.stderr
+    assert done.returncode == 0
+    if stream == "stdout":
+        assert done.stderr == "warning \u6f22\n".encode()
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -741,6 +742,7 @@ def test_a_terminal_that_is_gone_ends_a_run_with_a_checkpoint_and_exit_code_129(
     process = subprocess.Popen(
         [sys.executable, train.__file__, *argv],
         **{"stdin": child, "stdout": child, "stderr": child},
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
         preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )
     os.close(child)
