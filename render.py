@@ -71,7 +71,7 @@ def check(cfg: Config) -> None:
 def check_replaced(out: Path, seeds: list[int]) -> None:
     """Refuse to replace files that render.py has not written.
 
-    Every file of a seed comes with its still, by whose text chunk they are known.
+    Every file of a seed comes with its still. A text chunk in that tells who wrote them.
 
     Raises:
         ValueError: naming one of them.

@@ -25,7 +25,7 @@ def run_cli(
         config: The dataclass of the script's options.
         main: Called with an instance of it.
         description: The head of --help.
-        additive: Options that may be repeated, whose values then add up.
+        additive: Options that may be repeated; their values then add up.
     """
     with exit_codes():
         argv = merge_repeats(expand_home(sys.argv[1:]), additive)
@@ -183,7 +183,7 @@ def merge_repeats(argv: Sequence[str], additive: Collection[str]) -> list[str]:
 
     Args:
         argv: A command line, without the script's name.
-        additive: Names of the options whose values add up, such as "lora" for --lora.
+        additive: Names of options with values that add up, such as "lora" for --lora.
 
     Raises:
         ValueError: another option is given twice.

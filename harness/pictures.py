@@ -25,7 +25,7 @@ SOFTWARE = "GCA-3D"  # Stands in every PNG that these scripts write.
 # Formats that Pillow can name but not always read: data, videos, and what needs other programs.
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 HEIF_ENDINGS = {".heic", ".heif", ".avif"}  # Phones' formats.
-# The modes of pictures whose colours a profile of this colour space describes.
+# Colour spaces of profiles, and the mode of the pictures that they describe.
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
