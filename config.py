@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import inf, isfinite
@@ -22,6 +21,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from harness.cli import merge_repeats, parse_options
 from harness.pictures import read_picture, read_pictures
 from harness.run_folder import check_folder, check_run, check_source, portable
+from harness.store import checksum
 
 # Options that name a file, a folder, a hub id or a URL.
 SOURCES = ("generator", "diffusion", "controlnet", "ip_adapter", "vae", "features", "clip")
@@ -442,6 +442,6 @@ def references(cfg: Config) -> list[Image.Image]:
 
 def settings(cfg: Config) -> dict[str, Any]:
     """Return the settings of a run as JSON knows them; of pictures, also what they show."""
-    pixels = b"".join(picture.tobytes() for picture in references(cfg))
-    shown = f"crc32 {zlib.crc32(pixels):08x}" if cfg.image else None
+    pixels = (picture.tobytes() for picture in references(cfg))
+    shown = checksum(*pixels) if cfg.image else None
     return json.loads(json.dumps(asdict(cfg), default=str)) | {"image_pixels": shown}

@@ -1,21 +1,24 @@
 """Checksums of networks."""
 
 import json
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from harness.store import checksum
 
 
 def fingerprint(networks: Iterable[nn.Module | None], settings: object = None) -> str:
     """Return a checksum of networks' weights and of settings that JSON knows."""
-    crc = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    for network in networks:
-        for tensor in network.state_dict().values() if network else ():
-            crc = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), crc)
-    return f"crc32 {crc:08x}"
+    tensors = (x for network in networks if network for x in network.state_dict().values())
+    return checksum(json.dumps(settings, sort_keys=True).encode(), *map(as_bytes, tensors))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's numbers as bytes, without a copy where it is on the CPU."""
+    return memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
 
 
 def fingerprint_generator(G: Any) -> str:
