@@ -1,9 +1,15 @@
 """The device that a script computes on, and the memory it used."""
 
+import ctypes
+import os
 import re
 import sys
+from contextlib import suppress
 
 import torch
+
+# glibc's mallopt: its numbers of the options, and what they are set to [bytes].
+MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = (-3, 2**25), (-1, 2**30), (-2, 2**26)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -34,3 +40,17 @@ def peak_gb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # Bytes on a Mac, else kilobytes.
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what a step frees for the next one, instead of giving it back to the system.
+
+    Else every tensor of a megabyte is zeroed anew, page by page: 5 to 10 % of a puppets run on a
+    CPU, at the price of 4 % more memory. Blocks of more than 32 MB are still given back. Only glibc
+    has this switch. MALLOC_... variables in the environment win.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(AttributeError, OSError, TypeError):  # Another C library, another system.
+        for option in (MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD):
+            ctypes.CDLL(None).mallopt(*option)
