@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 for i in range(40):
     if i == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(5_000_000).add(1)  # Twice 20 MB, freed at once.
+    blocks = [torch.ones(5_000_000) for _ in range(8)]  # 20 MB each.
+    del blocks
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
