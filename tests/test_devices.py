@@ -13,7 +13,7 @@ from harness.devices import keep_freed_memory, peak_gb, pick_device
 @pytest.fixture
 def calls(monkeypatch):
     """Record what malloc is told, in an environment without its own variables."""
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith("MALLOC_"):
             monkeypatch.delenv(name)
     told = []
