@@ -75,7 +75,7 @@ def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read the generator of a .pkl as EG3D's training writes it, executing nothing in it.
 
     Returns:
-        The header and the tensors (see `checkpoint.save_generator`).
+        The header and the tensors (see `generators.save_generator`).
 
     Raises:
         ValueError: it holds no EG3D generator, or is damaged; the message names no file.
@@ -88,7 +88,7 @@ def read_saved_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read a file of torch.save: a whole generator, as PTI saves it, or a state dict.
 
     Returns:
-        The header and the tensors (see `checkpoint.save_generator`).
+        The header and the tensors (see `generators.save_generator`).
 
     Raises:
         ValueError: it cannot be read without executing code, or is neither; the message names no
@@ -115,6 +115,7 @@ def packed_files(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(GENERATOR_SUFFIXES)]
+    # A damaged ZIP, or one of a kind that zipfile cannot read: the caller has its own reason.
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return ""
     own = any(name.rpartition("/")[2] == "data.pkl" for name in names)
@@ -131,7 +132,7 @@ def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
         content: What `read_saved` found in it.
 
     Returns:
-        The header and the tensors (see `checkpoint.save_generator`).
+        The header and the tensors (see `generators.save_generator`).
 
     Raises:
         ValueError: its shapes are those of no released network; the message names no file.
