@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import samples
 import terms
 import train
 from files.generators import load_generator
@@ -279,8 +280,8 @@ class World:
     def now(self) -> terms.Moment:
         """The source's renders, times and noise, half-way through a run."""
         source = train.draw_samples(self.G_src, self.ws, self.c, self.G_src.rays(self.c))
-        times = train.draw_times(self.run, self.cfg.steps // 2).to(self.device)
-        noise = train.draw_noise(self.run).to(self.device)
+        times = samples.draw_times(self.cfg, self.guides, self.cfg.steps // 2).to(self.device)
+        noise = samples.draw_noise(self.cfg, self.guides).to(self.device)
         return terms.Moment(self.guides, terms.Seen(self.guides, source), times, noise, 0.5)
 
     @cached_property

@@ -89,6 +89,8 @@ class Weights:
 
     dsds: Weight = 0.0  # Score distillation, depth-aware with --depth-scale and --mask (L_DSDS).
     hsc: Weight = 0.0  # GCA-3D's hierarchical spatial consistency (lambda).
+    denoised: Weight = 0.0  # Distance to what the prior paints of the source's pictures.
+    denoised_tokens: Weight = 0.0  # The same distance in a ViT's tokens.
     fusion: Weight = 0.0  # StyleGAN-Fusion's score distillation.
     score_direction: Weight = 0.0  # StyleGAN-Fusion's directional regulariser.
     score_reconstruction: Weight = 0.0  # StyleGAN-Fusion's reconstruction regulariser.
@@ -159,6 +161,13 @@ class Config:
     mask: bool = False  # Whether only the source's foreground is adapted.
     delta: Fraction = 0.0
     """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""
+    denoise_from: Annotated[float, Within(0, 1, above=True)] = 0.6
+    """Diffusion time from which targets are painted, as a fraction: how much may change."""
+    denoise_steps: Annotated[int, Within(1, 1000)] = 8  # DDIM steps of a target.
+    denoise_inverted: bool = True
+    """Start targets from the source's pictures inverted, which keeps persons; else from noise."""
+    pool: Count = 1  # Batches of samples that are used in turn.
+    reuse: Count = 1  # Steps that use each of them, before others take their place.
     hsc_temperature: Annotated[float, Within(0, above=True)] = 0.1  # Softmax temperature (tau).
     hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
         (3.0, 2.0, 1.0),

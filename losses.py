@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.noise import NoisePredictor, add_noise, guided_noise, noise_pair, signal
+from models.noise import NoisePredictor, add_noise, ddim, guided_noise, noise_pair, signal
 
 if TYPE_CHECKING:
     from models.diffusion import Condition
@@ -150,6 +150,59 @@ def hsc_loss(
         share = F.adaptive_avg_pool2d(mask.to(losses.dtype), cell).flatten(1)  # [B, cell^2]
         total = total + weight * (losses * share).sum(1) / share.sum(1).clamp_min(1e-6)
     return total
+
+
+@torch.no_grad()
+def denoised_latents(
+    prior: NoisePredictor,
+    latents_src: Tensor,
+    condition: Condition,
+    condition_src: Condition,
+    level: float,
+    steps: int,
+    guidance: float,
+    depth: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Return what the prior makes of the source's latents: a target to regress onto, [B, 4, h, w].
+
+    Score distillation follows one noisy prediction a step; here the prior paints the picture to
+    its end. The latents get the noise of a middle time, and are denoised under the target's prompt
+    (SDEdit, arXiv:2108.01073). Targets that stay while the generator learns are the data set of
+    Instruct-NeRF2NeRF (arXiv:2303.12789); HiFA (arXiv:2305.18766) has clean predictions of several
+    steps as targets, and DATID-3D (arXiv:2211.16374) a data set of such pictures for a 3D GAN.
+
+    Args:
+        condition: Of the target domain.
+        condition_src: Of the source's own, under which its latents are inverted.
+        level: Where denoising begins, as a fraction of the schedule: how much may change.
+        steps: DDIM steps down, and up if inverted.
+        guidance: Of the steps down; inversion has none.
+        depth: Condition of the prior; None goes without.
+        noise: Of all heads, [1, 4, h, w]: what it happens to mean is the same change for all. None
+            inverts the source's latents instead, and what the prior knows of each person stays.
+    """
+    last = round(level * (len(prior.alphas_cumprod) - 1))
+    up = torch.linspace(0, last, steps + 1).round().int().tolist()
+    if noise is None:
+        end = 0  # Inversion begins there, so the way back ends there.
+        latents_t = ddim(prior, latents_src, condition_src, up, 1.0, depth)
+    else:
+        end = -1
+        t = torch.full_like(latents_src[:, 0, 0, 0], last).long()
+        latents_t = add_noise(prior, latents_src, t, noise)
+    return ddim(prior, latents_t, condition, [*up[:0:-1], end], guidance, depth)
+
+
+def denoised_loss(images: Tensor, targets: Tensor, cells: int = 4) -> Tensor:
+    """Regress images onto fixed targets: L1 of the pixels, and of averages of cells x cells.
+
+    The averages let colours settle where edges do not meet yet. Its counterpart in a ViT's tokens
+    is `perceptual_loss`.
+    """
+    difference = images - targets.detach()
+    coarse = F.avg_pool2d(difference, cells)
+    return difference.abs().flatten(1).mean(1) + coarse.abs().flatten(1).mean(1)
 
 
 def fusion_sds_loss(

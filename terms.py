@@ -22,6 +22,8 @@ from harness.run_folder import locate
 from losses import (
     clip_direction_loss,
     coarse_to_fine,
+    denoised_latents,
+    denoised_loss,
     dsds_loss,
     edit_mask,
     fusion_sds_loss,
@@ -198,6 +200,43 @@ class Guides:
         """Number of latent cells, h * w."""
         return (self.prior.image_size // self.prior.vae_scale_factor) ** 2
 
+    @cached_property
+    def one_noise(self) -> Tensor:
+        """The noise that all targets start from, unless inverted, [1, 4, h, w]."""
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        noise = torch.randn(1, *self.prior.latent_shape, generator=generator)
+        return noise.to(self.prior.device)
+
+    def depth(self, source: Outputs) -> Tensor | None:
+        """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
+        if not self.cfg.depth_scale:
+            return None
+        return depth_condition(source["image_depth"], source["mask"], self.prior.image_size)
+
+    @torch.no_grad()
+    def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:
+        """Return what the prior makes of the source's pictures, [b, 3, R, R] in [-1, 1].
+
+        Outside of the foreground, with --mask, the source's picture stays.
+        """
+        cfg, image = self.cfg, source["image"]
+        latents = denoised_latents(
+            self.prior,
+            latents_src,
+            self.condition,
+            self.condition_src,
+            cfg.denoise_from,
+            cfg.denoise_steps,
+            cfg.guidance,
+            self.depth(source),
+            None if cfg.denoise_inverted else self.one_noise,
+        )
+        painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
+        if cfg.mask:
+            mask = F.interpolate(source["mask"], image.shape[2:], mode="bilinear")
+            painted = image + mask * (painted - image)
+        return painted
+
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images of any size, [B, 4, h, w]."""
         return self.prior.encode_images(resize(images, self.prior.image_size))
@@ -234,7 +273,7 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What samples are compared with: outputs of the source, and views of them, made once each."""
+    """What samples are compared with: outputs of the source; views of them are made once each."""
 
     guides: Guides
     outputs: Outputs
@@ -247,6 +286,11 @@ class Seen:
             with torch.no_grad():
                 self.views[name] = view.look(self.guides, self.outputs[view.output])
         return self.views[name]
+
+    @cached_property
+    def painted(self) -> Seen:
+        """The prior's own pictures of these samples."""
+        return Seen(self.guides, {"image": self.guides.paint(self.outputs, self.view("latents"))})
 
 
 @dataclass(frozen=True)
@@ -283,10 +327,7 @@ class Term:
 def dsds(latents: Tensor, now: Moment) -> Tensor:
     """L_DSDS, as far as --depth-scale and --mask are on; without both it is plain SDS."""
     guides, cfg, source = now.guides, now.guides.cfg, now.source.outputs
-    depth, baseline, noise = None, None, now.noise[0]
-    if cfg.depth_scale:
-        size = guides.prior.image_size
-        depth = depth_condition(source["image_depth"], source["mask"], size)
+    depth, baseline, noise = guides.depth(source), None, now.noise[0]
     if cfg.delta:
         latents_src = now.source.view("latents")
         inputs = (guides.condition_src, now.t, noise, cfg.guidance, depth)
@@ -311,6 +352,16 @@ def hsc(tokens: Tensor, now: Moment) -> Tensor:
     mask = now.source.outputs["mask"] if cfg.mask else None
     tokens_src = now.source.view("tokens")
     return hsc_loss(tokens, tokens_src, HSC_GRIDS, levels, cfg.hsc_temperature, mask)
+
+
+def denoised(images: Tensor, now: Moment) -> Tensor:
+    """Distance to the prior's own pictures."""
+    return denoised_loss(images, now.source.painted.view("image"))
+
+
+def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
+    """Distance of ViT layers to those of the prior's own pictures, [b, 4, g, g, D]."""
+    return perceptual_loss(layers.unbind(1), now.source.painted.view("layers").unbind(1))
 
 
 def fusion(latents: Tensor, now: Moment) -> Tensor:
@@ -374,6 +425,8 @@ score_reconstruction = partial(score_regulariser, score_reconstruction_loss)
 TERMS = {
     "dsds": Term("latents", dsds, frozenset({"prior"})),
     "hsc": Term("tokens", hsc, frozenset({"vit"})),
+    "denoised": Term("image", denoised, frozenset({"prior"})),
+    "denoised_tokens": Term("layers", denoised_tokens, frozenset({"prior", "vit"})),
     "fusion": Term("clamped latents", fusion, frozenset({"prior"})),
     "score_direction": Term("clamped latents", score_direction, frozenset({"prior"})),
     "score_reconstruction": Term("clamped latents", score_reconstruction, frozenset({"prior"})),

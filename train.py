@@ -51,10 +51,18 @@ from harness.run_folder import (
     sole_writer,
     trim_log,
 )
-from models.generator import Generator, Outputs
-from models.renderer import Rays
+from models.generator import Generator
 from render import portraits
-from terms import Everyone, Guides, Moment, Row, Seen, needed, pull_back
+from samples import (
+    Pool,
+    draw_heads,
+    draw_noise,
+    draw_number,
+    draw_samples,
+    draw_times,
+    step_seed,
+)
+from terms import Everyone, Guides, Moment, Row, needed, pull_back
 
 EMA_HALF_LIFE = 0.05  # As a fraction of the run: long enough to calm the result, short to follow.
 GRID_SEEDS = list(range(8))
@@ -73,6 +81,7 @@ class Run:
     weights: dict[str, nn.Parameter]  # Those of all phases.
     averages: dict[str, nn.Parameter]  # The same of G_ema.
     optimizer: torch.optim.Optimizer
+    pool: Pool
 
 
 def main(cfg: Config) -> None:
@@ -160,9 +169,10 @@ def prepare(cfg: Config, G_src: Generator, guides: Guides) -> Run:
     phases = [learning_weights(G, pattern) for pattern in cfg.learns]
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
+    pool = Pool(cfg, G_src, guides)
     # StyleGAN's betas: no momentum, since the gradients of a step are mostly noise.
     optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
-    return Run(cfg, G_src, guides, G, G_ema, phases, weights, averages, optimizer)
+    return Run(cfg, G_src, guides, G, G_ema, phases, weights, averages, optimizer, pool)
 
 
 def take_step(run: Run, step: int) -> Row:
@@ -171,7 +181,7 @@ def take_step(run: Run, step: int) -> Row:
     Raises:
         FloatingPointError: a loss or gradient was not finite; nothing has been updated.
     """
-    cfg, G, G_src, guides = run.cfg, run.G, run.G_src, run.guides
+    cfg, G, guides = run.cfg, run.G, run.guides
     device = guides.target.device
     active = cfg.weights.on()
     needs = needed(cfg)
@@ -179,14 +189,19 @@ def take_step(run: Run, step: int) -> Row:
     # Draw from the step's own seed, so that a resumed run draws what an unbroken one would;
     # on the CPU, so that a GPU draws the same (but for the jitter of the rays).
     torch.manual_seed(step_seed(cfg.seed, step))
-    z = torch.randn(cfg.batch, G.z_dim).to(device)
-    c = G.cameras.sample(cfg.batch).to(device)  # [B, 25]
-    t, noise = draw_times(run, step).to(device), draw_noise(run).to(device)  # [B], [2, B, 4, h, w]
+    z, c = draw_heads(cfg, G)  # [B, z_dim], [B, 25]
+    t = draw_times(cfg, guides, step).to(device)  # [B]
+    noise = draw_noise(cfg, guides).to(device)  # [2, B, 4, h, w]
+    draw = draw_number(cfg, step)
+    if draw != step:  # Heads of the pool, with this step's own times and noise.
+        torch.manual_seed(step_seed(cfg.seed, draw))
+        z, c = draw_heads(cfg, G)
+    z, c = z.to(device), c.to(device)
     # Mapping sees the frontal camera: the render camera would leak pose into identity.
     conditioning = {"frontal": G.cameras.frontal(cfg.batch).to(device), "render": c}
     ws = G.mapping(z, conditioning[cfg.mapping_camera], cfg.trunc)
     # One jitter of the rays for both generators, drawn for the whole batch.
-    torch.manual_seed(step_seed(cfg.seed, step, stream=1))
+    torch.manual_seed(step_seed(cfg.seed, draw, stream=1))
     rays = G.rays(c)
     everyone = gather_planes(run, ws) if "batch" in needs else None
 
@@ -198,14 +213,13 @@ def take_step(run: Run, step: int) -> Row:
     for part in ranks.slices(cfg.batch, cfg.micro_batch):
         # Render the same samples before and after.
         # What learns is in float32, for gradients too small for half precision.
-        with torch.no_grad():
-            source = draw_samples(G_src, ws[part], c[part], rays.cut(part))
+        source = run.pool.source(draw, part.start, ws[part], c[part], rays.cut(part))
         adapted = draw_samples(G, ws[part], c[part], rays.cut(part), force_fp32=True)
 
         # Sum the terms' gradients at the outputs, then go back through the generator once.
         now = Moment(
             guides,
-            Seen(guides, source),
+            source,
             t[part],
             noise[:, part],
             step / cfg.steps,
@@ -236,49 +250,12 @@ def take_step(run: Run, step: int) -> Row:
     return row
 
 
-def draw_samples(
-    G: Generator, ws: Tensor, c: Tensor, rays: Rays, force_fp32: bool = False
-) -> Outputs:
-    """Render samples, and return all that is made of them on the way."""
-    planes = G.planes(ws, force_fp32=force_fp32)
-    return {"planes": planes} | G.synthesis(ws, c, planes=planes, rays=rays, force_fp32=force_fp32)
-
-
 @torch.no_grad()
 def gather_planes(run: Run, ws: Tensor) -> Everyone:
     """Return the planes of all samples of a step, which the processes share out."""
     own = ws[ranks.share(len(ws))]
     planes, planes_src = run.G.planes(own, force_fp32=True), run.G_src.planes(own)
     return Everyone(ranks.gather(planes), ranks.gather(planes_src))
-
-
-def draw_times(run: Run, step: int) -> Tensor:
-    """Draw diffusion times [B], uniform over what `t_range` allows at this step.
-
-    Stratified: each from another B-th of the range, which makes gradients less noisy. Empty where
-    no term needs the prior.
-    """
-    cfg = run.cfg
-    if "prior" not in needed(cfg):
-        return torch.empty(cfg.batch, 0)
-    low, high = cfg.t_range
-    high += ((cfg.t_end or high) - high) * step / cfg.steps
-    last = len(run.guides.prior.alphas_cumprod) - 1
-    lowest, steps = int(low * last), int(high * last) + 1 - int(low * last)
-    strata = (torch.randperm(cfg.batch) + torch.rand(cfg.batch)) / cfg.batch  # In [0, 1).
-    return lowest + (strata * steps).long().clamp_max(steps - 1)
-
-
-def draw_noise(run: Run) -> Tensor:
-    """Draw noise for the latents of a batch twice, [2, B, 4, h, w]; empty as in `draw_times`."""
-    if "prior" not in needed(run.cfg):
-        return torch.empty(2, run.cfg.batch, 0)
-    return torch.randn(2, run.cfg.batch, *run.guides.prior.latent_shape)
-
-
-def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """Return the seed of a step's random draws; its streams are independent."""
-    return (2 * (seed * 1_000_003 + step) + stream) % 2**63
 
 
 def learning_weights(G: Generator, pattern: str) -> dict[str, nn.Parameter]:

@@ -90,7 +90,7 @@ def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) 
 
 
 @torch.no_grad()
-def denoise(
+def ddim(
     prior: NoisePredictor,
     latents: Tensor,
     condition: Condition,
@@ -98,12 +98,16 @@ def denoise(
     guidance: float,
     depth: Tensor | None = None,
 ) -> Tensor:
-    """Denoise latents step by step, deterministically (DDIM, arXiv:2010.02502, Eq. 12, sigma 0).
+    """Move latents along the schedule, deterministically (DDIM, arXiv:2010.02502, Eq. 12, sigma 0).
+
+    Falling times denoise. Rising times add the noise that leads back to the latents under the same
+    condition at guidance 1: DDIM inversion (ibid., section 4.3), the better the more steps.
 
     Args:
-        latents: Noisy latents of the first time, [B, 4, h, w].
+        latents: Latents with the noise of the first time, [B, 4, h, w].
         condition: What to guide towards.
-        times: Steps of the schedule, falling, such as 980, 940, ..., 0; -1 is without any noise.
+        times: Steps of the schedule, such as 980, 940, ..., 0, -1; -1 is without any noise, and
+            can only come last.
         guidance: See `guided_noise`.
         depth: Condition of the prior, [B, 3, H, W]; None goes without.
 

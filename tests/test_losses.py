@@ -10,6 +10,8 @@ from tiny_prior import FakePrior
 from losses import (
     clip_direction_loss,
     coarse_to_fine,
+    denoised_latents,
+    denoised_loss,
     dsds_loss,
     edit_mask,
     fusion_sds_loss,
@@ -24,7 +26,7 @@ from losses import (
     target_loss,
 )
 from models.diffusion import Condition
-from models.noise import guided_noise
+from models.noise import add_noise, guided_noise
 
 GUIDANCE = 7.5
 
@@ -481,3 +483,44 @@ def test_times_outside_of_the_schedule_are_refused(t):
 def test_levels_and_temperatures_that_mean_nothing_are_refused(bad):
     with pytest.raises(ValueError, match="levels|temperature"):
         hsc_loss(*torch.randn(2, 1, 8, 8, 5), **bad)
+
+
+def test_target_from_noise_is_the_clean_prediction_where_one_step_is_taken():
+    latents, condition, _, noise = sds_inputs()
+    painted = denoised_latents(
+        FakePrior(), latents, condition, condition, 0.5, 1, GUIDANCE, noise=noise[:1]
+    )
+    t = torch.tensor([500, 500, 500])
+    abar = FakePrior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = add_noise(FakePrior(), latents.detach(), t, noise[:1])
+    eps_hat = (0.1 + GUIDANCE * (0.7 - 0.1)) * x_t
+    torch.testing.assert_close(painted, (x_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt())
+
+
+def test_target_from_inversion_is_the_source_under_its_own_prompt():
+    latents, condition, *_ = sds_inputs()
+    painted = [
+        denoised_latents(FakePrior(), latents, condition, condition, 0.5, steps, 1.0)
+        for steps in (16, 64)
+    ]
+    errors = [(x - latents).abs().max().item() for x in painted]
+    assert errors[1] < errors[0] / 3 and errors[1] < 0.03
+
+
+def test_target_from_inversion_is_another_under_another_prompt():
+    latents, condition, *_ = sds_inputs()
+    other = Condition(torch.full_like(condition.text, 0.2))
+    same, changed = (
+        denoised_latents(FakePrior(), latents, under, condition, 0.5, 16, 1.0)
+        for under in (condition, other)
+    )
+    assert (changed - same).abs().mean() > 0.1
+
+
+def test_denoised_loss_counts_pixels_and_averages():
+    targets = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2 - 1.0  # +-1, of mean 0.
+    images = torch.stack([torch.full((3, 8, 8), 0.5), checks.expand(3, 8, 8)])
+    loss = denoised_loss(images, targets)
+    torch.testing.assert_close(loss, torch.tensor([1.0, 1.0]))
+    assert not loss.requires_grad

@@ -5,7 +5,7 @@ import torch
 from tiny_prior import FakePrior
 
 from models.diffusion import Condition
-from models.noise import denoise, signal
+from models.noise import ddim, signal
 
 
 class Oracle(FakePrior):
@@ -25,10 +25,10 @@ def test_denoising_with_the_true_noise_arrives_at_the_clean_latents(guidance):
     condition = Condition(torch.zeros(2, 5, 8))
     abar = signal(prior, torch.tensor([900, 900]))
     noisy = abar.sqrt() * prior.clean + (1 - abar).sqrt() * noise
-    clean = denoise(prior, noisy, condition, [900, 600, 300, -1], guidance)
+    clean = ddim(prior, noisy, condition, [900, 600, 300, -1], guidance)
     torch.testing.assert_close(clean, prior.clean)
     abar = signal(prior, torch.tensor([300, 300]))
-    between = denoise(prior, noisy, condition, [900, 300], guidance)
+    between = ddim(prior, noisy, condition, [900, 300], guidance)
     torch.testing.assert_close(between, abar.sqrt() * prior.clean + (1 - abar).sqrt() * noise)
 
 
@@ -40,4 +40,16 @@ def test_a_step_of_ddim_is_the_closed_form():
     now, then = (prior.alphas_cumprod[t] for t in (700, 500))
     clean = (1 - (1 - now).sqrt() * s) * x / now.sqrt()
     wanted = then.sqrt() * clean + (1 - then).sqrt() * s * x
-    torch.testing.assert_close(denoise(prior, x, Condition(text), [700, 500], 2.0), wanted)
+    torch.testing.assert_close(ddim(prior, x, Condition(text), [700, 500], 2.0), wanted)
+
+
+def test_inversion_leads_back_the_better_the_more_steps():
+    prior, x = FakePrior(), torch.randn(3, 4, 2, 2)
+    condition = Condition(torch.full((2, 5, 8), 0.3))
+    errors = []
+    for steps in (4, 32):
+        up = torch.linspace(0, 600, steps + 1).int().tolist()
+        noisy = ddim(prior, x, condition, up, 1.0)
+        assert (noisy - x).abs().max() > 0.1
+        errors.append((ddim(prior, noisy, condition, up[::-1], 1.0) - x).abs().max().item())
+    assert errors[1] < errors[0] / 4

@@ -159,6 +159,20 @@ def distances_by_one(short_runs, tmp_path_factory):
     return out
 
 
+def test_targets_of_a_pool_are_the_same_in_processes_and_micro_batches(launch, tmp_path):
+    painted = SHORT | {
+        "weights": {"dsds": 0, "denoised": 1.0, "hsc": 0.03},
+        "denoise_steps": 2,
+        "reuse": 2,
+    }
+    run(tmp_path / "one", **painted)
+    printed = launch(arguments(tmp_path / "two", **painted))
+    assert [code for code, *_ in printed] == [0, 0], printed
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    run(tmp_path / "parts", **painted, micro_batch=1)
+    assert_same_run(tmp_path / "parts", tmp_path / "one")
+
+
 def test_distances_of_a_batch_are_the_same_in_micro_batches(tmp_path, distances_by_one):
     run(tmp_path / "run", **SHORT, method="diffusiongan3d", micro_batch=3)
     assert_same_run(tmp_path / "run", distances_by_one)

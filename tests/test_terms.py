@@ -88,6 +88,30 @@ def test_gradients_are_those_of_one_pass_per_term(tmp_path, monkeypatch, name):
     assert row["clip"] == pytest.approx(stored["clip"], abs=1e-5)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_prior_paints_the_foreground_alone(tmp_path, mask):
+    run = prepared(Config(**options(tmp_path / "run", mask=mask, weights={"denoised": 1.0})))
+    torch.manual_seed(0)
+    ws = run.G.mapping(torch.randn(2, run.G.z_dim), run.G.cameras.frontal(2))
+    source = run.G_src.synthesis(ws, run.G.cameras.sample(2))
+    source["mask"] = torch.zeros_like(source["mask"])
+    half = source["mask"].shape[-1] // 2
+    source["mask"][..., :half] = 1.0  # The left half of the picture, and a soft edge.
+    painted = terms.Seen(run.guides, source).painted.view("image")
+    changed = (painted - source["image"]).abs().amax((0, 1, 2))  # [R], a value per column.
+    quarter = len(changed) // 4
+    assert changed[:quarter].min() > 0.01
+    assert (changed[-quarter:].max() == 0) == mask
+
+
+def test_targets_from_noise_start_all_alike(tmp_path):
+    given = options(tmp_path / "run", weights={"denoised": 1.0}, denoise_inverted=False)
+    noise, again = (prepared(Config(**given)).guides.one_noise for _ in range(2))
+    assert noise.shape[0] == 1 and torch.equal(noise, again)
+    other = prepared(Config(**given | {"seed": 5})).guides.one_noise
+    assert not torch.equal(noise, other)
+
+
 def test_every_term_has_a_weight_and_every_weight_a_term():
     assert [field.name for field in fields(Weights)] == list(terms.TERMS)
     assert all(term.view in terms.VIEWS for term in terms.TERMS.values())

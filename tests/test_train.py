@@ -10,15 +10,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
+import samples
 import terms
 import train
 from config import METHODS as METHOD_ROWS
@@ -65,10 +65,10 @@ def stop_after(monkeypatch, steps):
     """Kill the run when it begins the step after `steps`."""
     draw = train.draw_times
 
-    def draw_or_die(run, step):
+    def draw_or_die(cfg, guides, step):
         if step > steps:
             raise Stopped
-        return draw(run, step)
+        return draw(cfg, guides, step)
 
     monkeypatch.setattr(train, "draw_times", draw_or_die)
 
@@ -79,6 +79,60 @@ def test_resumed_run_equals_unbroken_run(tmp_path, unbroken, steps):
         stop_after(monkeypatch, steps)
         run(tmp_path / "run")
     assert run(tmp_path / "run") == unbroken
+
+
+# Two draws of heads that are used twice each, and then a third.
+PAINTED = {
+    "weights": {"dsds": 0, "denoised": 1.0, "denoised_tokens": 0.3},
+    "denoise_steps": 2,
+    "pool": 2,
+    "reuse": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken_painted(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("painted") / "run", **PAINTED)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, unbroken_painted, steps):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
+        stop_after(monkeypatch, steps)
+        run(tmp_path / "run", **PAINTED)
+    assert run(tmp_path / "run", **PAINTED) == unbroken_painted
+
+
+def test_every_target_is_painted_once(tmp_path, monkeypatch, unbroken_painted):
+    painted = []
+    paint = terms.Guides.paint
+
+    def spy(guides, source, latents_src):
+        painted.append(source["image"])
+        return paint(guides, source, latents_src)
+
+    monkeypatch.setattr(terms.Guides, "paint", spy)
+    assert run(tmp_path / "run", **PAINTED) == unbroken_painted
+    assert len(painted) == 4  # Draws 1 and 2 for four steps, 3 and 4 for the last two.
+    assert all(not torch.equal(a, b) for a, b in pairwise(painted))
+
+
+def test_steps_that_use_heads_again_have_times_and_noise_of_their_own(tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setattr(
+        train, "draw_times", lambda *a: times.append(samples.draw_times(*a)) or times[-1]
+    )
+    pooled = run(tmp_path / "run", steps=2, reuse=2)["log.jsonl"]
+    plain = run(tmp_path / "plain", steps=2)["log.jsonl"]
+    assert pooled[0] == plain[0] and pooled[1] != plain[1]
+    assert not torch.equal(times[0], times[1]) and torch.equal(times[1], times[3])
+
+
+def test_pool_is_used_in_turn_and_then_refreshed():
+    cfg = train.Config(prompt="x", pool=2, reuse=3)
+    numbers = [samples.draw_number(cfg, step) for step in range(1, 10)]
+    assert numbers == [1, 2, 1, 2, 1, 2, 3, 4, 3]
+    assert samples.draw_number(train.Config(prompt="x"), 7) == 7
 
 
 def test_run_with_a_damaged_newest_checkpoint_equals_unbroken_run(tmp_path, unbroken, capsys):
@@ -371,14 +425,14 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
         G.get_parameter(name).data.copy_(value)
         G.get_parameter(name).requires_grad_(True)
 
-    torch.manual_seed(train.step_seed(0, 4))
+    torch.manual_seed(samples.step_seed(0, 4))
     z, c = torch.randn(2, G.z_dim), G.cameras.sample(2)
     t = 19 + ((torch.randperm(2) + torch.rand(2)) / 2 * 961).long()  # From 0.02 to 0.98.
     side = prior.image_size // prior.vae_scale_factor
     noise = torch.randn(2, 4, side, side)
     renders = []
     for network in (G_src, G):
-        torch.manual_seed(train.step_seed(0, 4, stream=1))
+        torch.manual_seed(samples.step_seed(0, 4, stream=1))
         renders.append(network.synthesis(G.mapping(z, G.cameras.frontal(2)), c))
     source, images = renders[0], renders[1]["image"]
     mask = source["mask"].detach()
@@ -421,7 +475,7 @@ def test_times_fill_the_annealed_range():
 
     def draw(cfg, step):
         guides = terms.Guides(cfg, None, None, prior)
-        return train.draw_times(SimpleNamespace(cfg=cfg, guides=guides), step)
+        return samples.draw_times(cfg, guides, step)
 
     for step, highest in [(0, 799), (50, 599), (100, 399)]:
         t = draw(cfg, step)
@@ -433,7 +487,7 @@ def test_times_fill_the_annealed_range():
 
 
 def test_streams_of_draws_never_meet():
-    seeds = [train.step_seed(s, n, k) for s in range(3) for n in range(1, 50) for k in range(2)]
+    seeds = [samples.step_seed(s, n, k) for s in range(3) for n in range(1, 50) for k in range(2)]
     assert len(set(seeds)) == len(seeds)
 
 

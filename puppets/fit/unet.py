@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from harness.store import atomic_write
 from models.diffusion import DiffusionPrior, depth_condition
 from models.features import ClipFeatures, clip_tokenize
-from models.noise import denoise
+from models.noise import ddim
 from puppets.data import ROOT, load, to_images
 from puppets.domains import DOMAINS
 from puppets.fit.clip import LENGTH, WIDTH, classify
@@ -198,7 +198,7 @@ def sample(
     x = torch.randn(count, 4, 16, 16, generator=generator)
     condition = prior.condition(prompt, reference)
     times = torch.linspace(980, 0, steps + 1).long().tolist()
-    x = denoise(prior, x, condition, times, guidance, depth)
+    x = ddim(prior, x, condition, times, guidance, depth)
     return prior.decode_latents(x).clamp(-1, 1)
 
 
