@@ -159,6 +159,10 @@ class Config:
     """Weight of the pictures in the prior; by default 1 without a prompt, 0.6 with one."""
     depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
     mask: bool = False  # Whether only the source's foreground is adapted.
+    mask_margin: Annotated[float, Within(0, 1)] = 0.0
+    """Width around the foreground that is adapted too, as a fraction of the picture's."""
+    density_leak: Fraction = 0.0
+    """Least slope of the density for gradients: above 0, shapes can grow into empty space."""
     delta: Fraction = 0.0
     """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""
     denoise_from: Annotated[float, Within(0, 1, above=True)] = 0.6

@@ -207,6 +207,14 @@ class Guides:
         noise = torch.randn(1, *self.prior.latent_shape, generator=generator)
         return noise.to(self.prior.device)
 
+    def region(self, source: Outputs) -> Tensor | None:
+        """Return where samples are adapted, [b, 1, n, n], or None for everywhere."""
+        if not self.cfg.mask:
+            return None
+        mask = source["mask"]
+        margin = round(self.cfg.mask_margin * mask.shape[-1])
+        return F.max_pool2d(mask, 2 * margin + 1, 1, margin) if margin else mask
+
     def depth(self, source: Outputs) -> Tensor | None:
         """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
         if not self.cfg.depth_scale:
@@ -232,8 +240,8 @@ class Guides:
             None if cfg.denoise_inverted else self.one_noise,
         )
         painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
-        if cfg.mask:
-            mask = F.interpolate(source["mask"], image.shape[2:], mode="bilinear")
+        if (region := self.region(source)) is not None:
+            mask = F.interpolate(region, image.shape[2:], mode="bilinear")
             painted = image + mask * (painted - image)
         return painted
 
@@ -340,7 +348,7 @@ def dsds(latents: Tensor, now: Moment) -> Tensor:
         noise,
         cfg.guidance,
         depth=depth,
-        mask=source["mask"] if cfg.mask else None,
+        mask=guides.region(source),
         baseline=baseline,
     )
 

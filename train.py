@@ -202,7 +202,7 @@ def take_step(run: Run, step: int) -> Row:
     ws = G.mapping(z, conditioning[cfg.mapping_camera], cfg.trunc)
     # One jitter of the rays for both generators, drawn for the whole batch.
     torch.manual_seed(step_seed(cfg.seed, draw, stream=1))
-    rays = G.rays(c)
+    rays = replace(G.rays(c), leak=cfg.density_leak)
     everyone = gather_planes(run, ws) if "batch" in needs else None
 
     learning = run.phases[(step - 1) * len(run.phases) // cfg.steps]

@@ -56,6 +56,8 @@ def guided_noise(
     Returns:
         eps_hat, [B, 4, h, w].
     """
+    if guidance == 1:  # Half the work.
+        return _predict(prior, latents_t, t, condition, depth, halves=slice(1, 2))
     eps_nothing, eps_condition = noise_pair(prior, latents_t, t, condition, depth)
     return eps_nothing + guidance * (eps_condition - eps_nothing)
 
@@ -69,18 +71,29 @@ def noise_pair(
     depth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predict noise for both halves of a condition in one batch, [B, 4, h, w] each."""
-    b = len(latents_t)
-    embeds = condition.image_embeds
-    eps = prior.predict_noise(
-        latents_t.repeat(2, 1, 1, 1),
-        t.repeat(2),
-        condition.text.repeat_interleave(b, 0),  # [2B, L, D]
-        None if depth is None else depth.repeat(2, 1, 1, 1),
-        None if embeds is None else embeds.repeat_interleave(b, 0),
+    return _predict(prior, latents_t, t, condition, depth, slice(2)).chunk(2)
+
+
+def _predict(
+    prior: NoisePredictor,
+    latents_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    depth: Tensor | None,
+    halves: slice,
+) -> Tensor:
+    """Predict noise for halves of a condition in one batch, [n * B, 4, h, w]."""
+    b, text, embeds = len(latents_t), condition.text[halves], condition.image_embeds
+    n = len(text)
+    return prior.predict_noise(
+        latents_t.repeat(n, 1, 1, 1),
+        t.repeat(n),
+        text.repeat_interleave(b, 0),  # [n * B, L, D]
+        None if depth is None else depth.repeat(n, 1, 1, 1),
+        None if embeds is None else embeds[halves].repeat_interleave(b, 0),
         condition.image_scale,
         condition.depth_scale,
-    )  # [2B, 4, h, w]
-    return eps.chunk(2)
+    )
 
 
 def add_noise(prior: NoisePredictor, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -399,7 +399,7 @@ def importance_depths(depths: Tensor, weights: Tensor, uniform: Tensor) -> Tenso
     return bins_low + (uniform - cdf_low) / span * (bins_high - bins_low)
 
 
-def march_weights(depths: Tensor, sigma: Tensor) -> Tensor:
+def march_weights(depths: Tensor, sigma: Tensor, leak: float = 0.0) -> Tensor:
     """Return the weight of each interval between neighbouring samples, [..., S - 1].
 
     Raw densities are averaged over an interval before the softplus; nothing lies behind the last.
@@ -407,8 +407,13 @@ def march_weights(depths: Tensor, sigma: Tensor) -> Tensor:
     Args:
         depths: Ascending depths, [..., S].
         sigma: Raw densities, [..., S].
+        leak: See `Rays`.
     """
-    density = F.softplus((sigma[..., :-1] + sigma[..., 1:]) / 2 - 1)
+    raw = (sigma[..., :-1] + sigma[..., 1:]) / 2 - 1
+    density = F.softplus(raw)
+    if leak and raw.requires_grad:
+        missing = (leak - raw.detach().sigmoid()).clamp_min(0)
+        density = density + missing * (raw - raw.detach())  # Adds 0, and its slope.
     optical = density * depths.diff(dim=-1)  # [..., S - 1]
     transmitted = torch.exp(optical - optical.cumsum(-1))  # Exclusive: up to the interval's start.
     return (1 - torch.exp(-optical)) * transmitted
@@ -466,6 +471,8 @@ class Rays:
         uniform: Random numbers that place the fine samples, [B, M, S2].
         nearest: Least depth among the whole batch's samples.
         farthest: Greatest of them. EG3D gives it to empty rays.
+        leak: Least slope of the density's softplus that gradients see. In empty space the true one
+            vanishes, and nothing can grow there; what is rendered stays the same.
     """
 
     origins: Tensor
@@ -474,11 +481,12 @@ class Rays:
     uniform: Tensor
     nearest: Tensor
     farthest: Tensor
+    leak: float = 0.0
 
     def cut(self, rows: slice) -> "Rays":
         """Return the rays of a part of the batch, which render as they would among all."""
         parts = (self.origins, self.directions, self.depths, self.uniform)
-        return Rays(*(part[rows] for part in parts), self.nearest, self.farthest)
+        return Rays(*(part[rows] for part in parts), self.nearest, self.farthest, self.leak)
 
 
 def draw_rays(origins: Tensor, directions: Tensor, options: RayOptions) -> Rays:
@@ -532,7 +540,7 @@ def render(
         uniform.split(count, 1),
         strict=True,
     )
-    parts = [_render_chunk(maps, decoder, *chunk) for chunk in chunks]
+    parts = [_render_chunk(maps, decoder, *chunk, rays.leak) for chunk in chunks]
     features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
     # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
@@ -550,12 +558,13 @@ def _render_chunk(
     slopes: Tensor,
     depths: Tensor,
     uniform: Tensor,
+    leak: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return summed colours [B, C', M], depths [B, 1, M] (not bounded) and acc [B, 1, M]."""
     coarse = depths.shape[-1]
     sigma, colour = _evaluate(maps, decoder, starts, slopes, depths)
     if uniform.shape[-1] == 0:
-        weights = interval_to_sample_weights(march_weights(depths, sigma))  # [B, M, S]
+        weights = interval_to_sample_weights(march_weights(depths, sigma, leak))  # [B, M, S]
         features = _composite(colour, weights)
     else:
         with torch.no_grad():
@@ -563,7 +572,8 @@ def _render_chunk(
         sigma_fine, colour_fine = _evaluate(maps, decoder, starts, slopes, fine)
         depths, order = torch.cat([depths, fine], dim=-1).sort(dim=-1)
         sigma = torch.cat([sigma, sigma_fine], dim=-1).gather(-1, order)
-        weights = interval_to_sample_weights(march_weights(depths, sigma))  # [B, M, S + S2]
+        per_interval = march_weights(depths, sigma, leak)  # [B, M, S + S2 - 1]
+        weights = interval_to_sample_weights(per_interval)  # [B, M, S + S2]
         # Weights go back to the order of evaluation, so that the wide colours stay in place.
         unsorted = torch.empty_like(weights).scatter(-1, order, weights)
         features = _composite(colour, unsorted[..., :coarse])

@@ -15,7 +15,7 @@ class Oracle(FakePrior):
 
     def predict_noise(self, latents_t, t, text, *_):
         abar = signal(self, t)
-        clean = self.clean.repeat(2, 1, 1, 1)
+        clean = self.clean.repeat(len(t) // 2, 1, 1, 1)
         return (latents_t - abar.sqrt() * clean) / (1 - abar).sqrt()
 
 

@@ -393,3 +393,19 @@ def test_missing_options_are_named():
     kwargs = {k: v for k, v in RENDERING_KWARGS.items() if k not in ("box_warp", "ray_end")}
     with pytest.raises(ValueError, match="lacks ray_end, box_warp"):
         RayOptions.from_kwargs(kwargs)
+
+
+def test_leak_changes_no_weight_and_lets_gradients_into_empty_space():
+    depths = torch.linspace(1, 2, 8)
+    sigma = torch.tensor([-30.0] * 4 + [2.0] * 4, requires_grad=True)
+    plain, leaky = march_weights(depths, sigma), march_weights(depths, sigma, leak=0.05)
+    assert torch.equal(plain, leaky)
+    (without,), (with_leak,) = (
+        torch.autograd.grad(w[0], sigma) for w in (plain, leaky)
+    )  # The first interval lies in empty space.
+    assert without.abs().max() < 1e-10
+    slope = 0.05 * (depths[1] - depths[0]) / 2  # Of its opacity, at each end.
+    torch.testing.assert_close(with_leak[:2], slope.expand(2))
+    solid = torch.tensor([2.0] * 8, requires_grad=True)
+    slopes = [torch.autograd.grad(march_weights(depths, solid, x).sum(), solid) for x in (0, 0.05)]
+    torch.testing.assert_close(*slopes)
