@@ -107,6 +107,21 @@ class Weights:
         return {name: weight for name, weight in vars(self).items() if weight}
 
 
+@dataclass(frozen=True)
+class Targets:
+    """How the prior paints the pictures of the denoised terms, and how often heads are used."""
+
+    level: Annotated[float, Within(0, 1, above=True)] = 0.6
+    """Diffusion time where denoising begins, as a fraction: how much may change."""
+    steps: Annotated[int, Within(1, 1000)] = 8  # DDIM steps down, and up if inverted.
+    inverted: bool = True
+    """Start from the source's picture inverted, which keeps persons; else from noise for all."""
+    margin: Fraction = 0.0
+    """Width around the foreground that may change too, as a fraction of the picture's."""
+    pool: Count = 25  # Batches of heads that are used in turn.
+    reuse: Count = 1  # Steps that use each of them, before others take their place.
+
+
 @dataclass(init=False)
 class Config:
     """Options of train.py. Those without a value here have that of the base and method."""
@@ -159,19 +174,10 @@ class Config:
     """Weight of the pictures in the prior; by default 1 without a prompt, 0.6 with one."""
     depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
     mask: bool = False  # Whether only the source's foreground is adapted.
-    mask_margin: Annotated[float, Within(0, 1)] = 0.0
-    """Width around the foreground that is adapted too, as a fraction of the picture's."""
     density_leak: Fraction = 0.0
     """Least slope of the density for gradients: above 0, shapes can grow into empty space."""
     delta: Fraction = 0.0
     """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""
-    denoise_from: Annotated[float, Within(0, 1, above=True)] = 0.6
-    """Diffusion time from which targets are painted, as a fraction: how much may change."""
-    denoise_steps: Annotated[int, Within(1, 1000)] = 8  # DDIM steps of a target.
-    denoise_inverted: bool = True
-    """Start targets from the source's pictures inverted, which keeps persons; else from noise."""
-    pool: Count = 1  # Batches of samples that are used in turn.
-    reuse: Count = 1  # Steps that use each of them, before others take their place.
     hsc_temperature: Annotated[float, Within(0, above=True)] = 0.1  # Softmax temperature (tau).
     hsc_levels: tuple[tuple[float, float, float], tuple[float, float, float]] = (
         (3.0, 2.0, 1.0),
@@ -179,6 +185,7 @@ class Config:
     )
     """Shares of HSC's levels, 4 x 4 cells, 8 x 8 and all, in the first and in the last step."""
 
+    targets: Targets
     weights: Weights
 
     save_every: Count  # Steps between checkpoints.
@@ -225,9 +232,9 @@ class Config:
 
         base, method = given.get("base", Config.base), given.get("method", Config.method)
         settled = _defaults(base, method, given["prompt"], given["edit"], given["image"])
-        weights = given.get("weights")
-        if isinstance(weights, Mapping):
-            given["weights"] = dataclasses.replace(settled["weights"], **weights)
+        for name in ("targets", "weights"):
+            if isinstance(given.get(name), Mapping):
+                given[name] = dataclasses.replace(settled[name], **given[name])
         vars(self).update(settled | given)
 
 
@@ -338,6 +345,7 @@ def _defaults(
     computed = {
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if prompt and image else 1.0,
+        "targets": Targets(**row.pop("targets", {})),
         "weights": Weights(**weights),
     }
     plain = {f.name: f.default for f in fields(Config) if f.default is not dataclasses.MISSING}
@@ -400,7 +408,8 @@ def check(cfg: Config) -> None:
 
 def _check_bounds(cfg: Config) -> None:
     """Refuse numbers outside of the bounds at their fields, and texts that are not UTF-8."""
-    for options, prefix in ((cfg, "--"), (cfg.weights, "--weights.")):
+    groups = ((cfg, "--"), (cfg.targets, "--targets."), (cfg.weights, "--weights."))
+    for options, prefix in groups:
         hints = get_type_hints(type(options), include_extras=True)
         for name, value in vars(options).items():
             flag = prefix + name.replace("_", "-")

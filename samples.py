@@ -1,6 +1,6 @@
 """What a step works on: heads, times and noise by its seed, and what the source makes of the heads.
 
-A run may use heads several times (--pool, --reuse): what the source and the frozen networks make of
+A run may use heads several times (--targets.reuse): what the source and the frozen networks make of
 them is then made once, the prior's own pictures above all.
 """
 
@@ -29,14 +29,14 @@ class Pool:
 
     def source(self, draw: int, first: int, ws: Tensor, c: Tensor, rays: Rays) -> Seen:
         """Return what the source makes of samples: those from `first` on of a draw."""
-        oldest = (draw - 1) // self.cfg.pool * self.cfg.pool + 1
+        oldest = (draw - 1) // self.cfg.targets.pool * self.cfg.targets.pool + 1
         self._kept = {key: seen for key, seen in self._kept.items() if key[0] >= oldest}
         if seen := self._kept.get((draw, first)):
             return seen
         with torch.no_grad():
             outputs = draw_samples(self.G_src, ws, c, rays)
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
-        if self.cfg.reuse > 1:
+        if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
         return seen
 
@@ -79,8 +79,9 @@ def draw_noise(cfg: Config, guides: Guides) -> Tensor:
 
 def draw_number(cfg: Config, step: int) -> int:
     """Return which heads a step uses: `pool` draws in turn, `reuse` times each, then new ones."""
-    rounds, place = divmod(step - 1, cfg.pool)
-    return rounds // cfg.reuse * cfg.pool + place + 1
+    pool, reuse = cfg.targets.pool, cfg.targets.reuse
+    rounds, place = divmod(step - 1, pool)
+    return rounds // reuse * pool + place + 1
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

@@ -207,14 +207,6 @@ class Guides:
         noise = torch.randn(1, *self.prior.latent_shape, generator=generator)
         return noise.to(self.prior.device)
 
-    def region(self, source: Outputs) -> Tensor | None:
-        """Return where samples are adapted, [b, 1, n, n], or None for everywhere."""
-        if not self.cfg.mask:
-            return None
-        mask = source["mask"]
-        margin = round(self.cfg.mask_margin * mask.shape[-1])
-        return F.max_pool2d(mask, 2 * margin + 1, 1, margin) if margin else mask
-
     def depth(self, source: Outputs) -> Tensor | None:
         """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
         if not self.cfg.depth_scale:
@@ -225,23 +217,25 @@ class Guides:
     def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:
         """Return what the prior makes of the source's pictures, [b, 3, R, R] in [-1, 1].
 
-        Outside of the foreground, with --mask, the source's picture stays.
+        Outside of the foreground and its margin, with --mask, the source's picture stays.
         """
-        cfg, image = self.cfg, source["image"]
+        cfg, how, image = self.cfg, self.cfg.targets, source["image"]
         latents = denoised_latents(
             self.prior,
             latents_src,
             self.condition,
             self.condition_src,
-            cfg.denoise_from,
-            cfg.denoise_steps,
+            how.level,
+            how.steps,
             cfg.guidance,
             self.depth(source),
-            None if cfg.denoise_inverted else self.one_noise,
+            None if how.inverted else self.one_noise,
         )
         painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
-        if (region := self.region(source)) is not None:
-            mask = F.interpolate(region, image.shape[2:], mode="bilinear")
+        if cfg.mask:
+            margin = round(how.margin * source["mask"].shape[-1])
+            mask = F.max_pool2d(source["mask"], 2 * margin + 1, 1, margin)
+            mask = F.interpolate(mask, image.shape[2:], mode="bilinear")
             painted = image + mask * (painted - image)
         return painted
 
@@ -348,7 +342,7 @@ def dsds(latents: Tensor, now: Moment) -> Tensor:
         noise,
         cfg.guidance,
         depth=depth,
-        mask=guides.region(source),
+        mask=source["mask"] if cfg.mask else None,
         baseline=baseline,
     )
 

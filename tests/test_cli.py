@@ -80,12 +80,13 @@ def test_help_explains_every_option(script, call):
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
     if script is train:
-        flags.remove("--weights")
-        flags += [f"--weights.{f.name.replace('_', '-')}" for f in fields(config.Weights)]
+        for name, group in (("weights", config.Weights), ("targets", config.Targets)):
+            flags.remove(f"--{name}")
+            flags += [f"--{name}.{f.name.replace('_', '-')}" for f in fields(group)]
     assert len(fields(script.Config)) <= 45
     explained = set()
     for flag in flags:
-        match = re.search(rf" {flag}(?:, --no-\S+)? (.*?)(?= --[a-z.-]+,? |$)", text)
+        match = re.search(rf" {flag}(?:, --\S*no-\S+)? (.*?)(?= --[a-z.-]+,? |$)", text)
         words = re.sub(r"\{.*?\}|\(default.*|\(required\)|\b[A-Z]+\b|\|", "", match[1])
         assert len(words.split()) >= 3, flag
         explained.add(words)

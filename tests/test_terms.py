@@ -105,7 +105,7 @@ def test_the_prior_paints_the_foreground_alone(tmp_path, mask):
 
 
 def test_targets_from_noise_start_all_alike(tmp_path):
-    given = options(tmp_path / "run", weights={"denoised": 1.0}, denoise_inverted=False)
+    given = options(tmp_path / "run", weights={"denoised": 1.0}, targets={"inverted": False})
     noise, again = (prepared(Config(**given)).guides.one_noise for _ in range(2))
     assert noise.shape[0] == 1 and torch.equal(noise, again)
     other = prepared(Config(**given | {"seed": 5})).guides.one_noise

@@ -84,9 +84,7 @@ def test_resumed_run_equals_unbroken_run(tmp_path, unbroken, steps):
 # Two draws of heads that are used twice each, and then a third.
 PAINTED = {
     "weights": {"dsds": 0, "denoised": 1.0, "denoised_tokens": 0.3},
-    "denoise_steps": 2,
-    "pool": 2,
-    "reuse": 2,
+    "targets": {"steps": 2, "pool": 2, "reuse": 2},
 }
 
 
@@ -122,14 +120,14 @@ def test_steps_that_use_heads_again_have_times_and_noise_of_their_own(tmp_path, 
     monkeypatch.setattr(
         train, "draw_times", lambda *a: times.append(samples.draw_times(*a)) or times[-1]
     )
-    pooled = run(tmp_path / "run", steps=2, reuse=2)["log.jsonl"]
+    pooled = run(tmp_path / "run", steps=2, targets={"pool": 1, "reuse": 2})["log.jsonl"]
     plain = run(tmp_path / "plain", steps=2)["log.jsonl"]
     assert pooled[0] == plain[0] and pooled[1] != plain[1]
     assert not torch.equal(times[0], times[1]) and torch.equal(times[1], times[3])
 
 
 def test_pool_is_used_in_turn_and_then_refreshed():
-    cfg = train.Config(prompt="x", pool=2, reuse=3)
+    cfg = train.Config(prompt="x", targets={"pool": 2, "reuse": 3})
     numbers = [samples.draw_number(cfg, step) for step in range(1, 10)]
     assert numbers == [1, 2, 1, 2, 1, 2, 3, 4, 3]
     assert samples.draw_number(train.Config(prompt="x"), 7) == 7

@@ -106,7 +106,7 @@ def arguments(out: Path, **changes: object) -> list[str]:
     argv = []
     for name, value in options(out, **changes).items():
         flag = f"--{name.replace('_', '-')}"
-        parts = value.items() if name == "weights" else [("", value)]
+        parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, given in parts if value is not None else []:
             values = given if isinstance(given, tuple) else (given,)
             argv += [f"{flag}.{part}".rstrip("."), *map(str, values)]
