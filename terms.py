@@ -215,9 +215,9 @@ class Guides:
 
     @torch.no_grad()
     def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:
-        """Return what the prior makes of the source's pictures, [b, 3, R, R] in [-1, 1].
+        """Return what the prior makes of the source's pictures, [b, 3, R, R], clamped to [-1, 1].
 
-        Outside of the foreground and its margin, with --mask, the source's picture stays.
+        Outside of the foreground and its margin, with --mask, the source's picture stays as it is.
         """
         cfg, how, image = self.cfg, self.cfg.targets, source["image"]
         latents = denoised_latents(

@@ -81,7 +81,7 @@ class Run:
     weights: dict[str, nn.Parameter]  # Those of all phases.
     averages: dict[str, nn.Parameter]  # The same of G_ema.
     optimizer: torch.optim.Optimizer
-    pool: Pool
+    pool: Pool  # The source's samples; no part of a checkpoint, since it follows from the seeds.
 
 
 def main(cfg: Config) -> None:
