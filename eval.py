@@ -39,7 +39,7 @@ from harness.run_folder import (
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
-VERSION = 2  # Meaning of the scores; rows of other versions are scored again.
+VERSION = 3  # Meaning of the scores; rows of other versions are scored again.
 # Settings that may differ among the seeds of one row in the table.
 NOT_COMPARED = FREE_TO_CHANGE | {"seed"}
 # Files of a run that its scores depend on.
@@ -417,15 +417,15 @@ def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
 
 
 def embed(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
-    """Return CLIP's unit embeddings of images, [N, D]."""
-    return _in_batches(clip.images, clip, images, cfg)
+    """Return CLIP's unit embeddings of images, clamped to [-1, 1], [N, D]."""
+    return _in_batches(clip.images, clip, images.clamp(-1, 1), cfg)
 
 
 def cells(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
     """Return CLIP's patch tokens averaged to 8 x 8 cells, [N, 64 D]: what is where."""
 
     def pooled(images: Tensor) -> Tensor:
-        tokens = clip.tokens(images).permute(0, 3, 1, 2)  # [B, D, g, g]
+        tokens = clip.tokens(images.clamp(-1, 1)).permute(0, 3, 1, 2)  # [B, D, g, g]
         return F.adaptive_avg_pool2d(tokens, CELLS).flatten(1)  # [B, 64 D]
 
     return _in_batches(pooled, clip, images, cfg)

@@ -40,7 +40,17 @@ ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 SIZE = 128  # Height and width of the pictures it reads, pixels.
 BATCH = 48
 
-Truths = dict[tuple, tuple[Tensor, Tensor]]  # True pictures: of the views that are scored, frontal.
+
+@dataclass(frozen=True)
+class Truth:
+    """True pictures of N latents."""
+
+    image: Tensor  # From the cameras that are scored, [N, 3, 128, 128] in [-1, 1].
+    mask: Tensor  # The share of each pixel that the head covers there, [N, 1, 128, 128] in [0, 1].
+    front: Tensor  # From the front, [N, 3, 128, 128].
+
+
+Truths = dict[tuple, Truth]  # By domain, hair, latents and seed.
 
 
 @dataclass
@@ -92,7 +102,7 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--out {cfg.out} has no row of {', '.join(unknown)}: run eval.py first")
     oracle = load_oracle(cfg.oracle)
-    names = {"oracle_l1"} | ({"fid"} if find_spec("torchmetrics") else set())
+    names = {"oracle_iou"} | ({"fid"} if find_spec("torchmetrics") else set())
     sources: evaluation.Sources = {}
     truths: Truths = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
@@ -118,11 +128,13 @@ def score_run(
         truths: Heads drawn for the runs before, to be used again.
 
     Returns:
-        `oracle_target`, the domain that the truth is drawn in; what `compare` returns and, of a
-        prompt such as "a person with green hair", `compare_edit`; and of the
-        scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
-        `true_identity_top1`, `true_identity_mrr`, `true_diversity`; `fid` and `kid` of the pictures
-        and the true ones, if torchmetrics is installed and the row has none of other pictures.
+        `oracle_target`, the domain that the truth is drawn in; what `compare` returns, `oracle_iou`
+        (see `silhouette_iou`) and `source_iou`, the source's; of a prompt such as "a person with
+        green hair", what `compare_edit` returns; of the scores of eval.py that the true pictures
+        cannot all reach, theirs: `true_pose_deg`, `true_identity_top1`, `true_identity_mrr`,
+        `true_diversity`; and, if torchmetrics is installed, `oracle_kid`, the kernel distance
+        between the pictures and the true ones by the oracle's own features, and by CLIP's `fid` and
+        `kid`, unless the row has those of other pictures.
 
     Raises:
         ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
@@ -140,27 +152,34 @@ def score_run(
     cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
     source = evaluation.render_source(G_src, 1.0, cfg, sources)
     views = source.views
-    images = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False).image
+    adapted = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False)
+    images = adapted.image.clamp(-1, 1)
     if not images.isfinite().all():
         raise ValueError(f"{ckpt}: the pictures are not finite")
 
     c = G.cameras.label(*views.angles.T)  # [N, 25]
     key = (domain, hair, cfg.samples, cfg.seed)
     if key not in truths:
-        frontal = G.cameras.frontal(len(c))
-        truths[key] = tuple(draw_truth(views.z, view, domain, hair) for view in (c, frontal))
-    true_images, true_front = truths[key]
-    scores = compare(oracle, images, true_images, views.z, c, domain)
+        image, mask = draw_truth(views.z, c, domain, hair)
+        front, _ = draw_truth(views.z, G.cameras.frontal(len(c)), domain, hair)
+        truths[key] = Truth(image, mask, front)
+    truth = truths[key]
+    scores = compare(oracle, images, truth.image, truth.mask, views.z, c, domain)
+    scores["oracle_iou"] = silhouette_iou(adapted.mask, truth.mask)
+    scores["source_iou"] = silhouette_iou(source.renders.mask, truth.mask)
     if hair:
-        region = edited_region(true_images, draw_truth(views.z, c, domain))
-        scores |= compare_edit(images, source.renders, true_images, region)
+        region = edited_region(truth.image, draw_truth(views.z, c, domain)[0])
+        scores |= compare_edit(images, source.renders, truth.image, region)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
-    true = replace(source.renders, image=true_images, front=true_front)
+    true = replace(source.renders, image=truth.image, front=truth.front)
     floor = evaluation.likeness(clip, source, true, cfg)
     del floor["pose_source_deg"]
-    if "real" not in row and find_spec("torchmetrics"):
-        pair = (evaluation.embed(clip, pictures, cfg) for pictures in (true_images, images))
-        scores |= distances(*pair)
+    if find_spec("torchmetrics"):
+        pair = (features(oracle, pictures) for pictures in (truth.image, images))
+        scores["oracle_kid"] = distances(*pair)["kid"]
+        if "real" not in row:
+            pair = (evaluation.embed(clip, pictures, cfg) for pictures in (truth.image, images))
+            scores |= distances(*pair)
     return {"oracle_target": domain} | scores | {f"true_{k}": v for k, v in floor.items()}
 
 
@@ -192,11 +211,12 @@ def target_hair(settings: dict) -> str | None:
     return next((hair for hair in ODD_HAIR if f"{hair} hair" in (settings["prompt"] or "")), None)
 
 
-def draw_truth(z: Tensor, c: Tensor, domain: str, hair: str | None = None) -> Tensor:
-    """Draw heads [N, 16] from cameras [N, 25] in a domain, [N, 3, 128, 128] in [-1, 1]."""
+def draw_truth(z: Tensor, c: Tensor, domain: str, hair: str | None = None) -> tuple[Tensor, Tensor]:
+    """Draw heads [N, 16] from cameras [N, 25] in a domain; pictures and masks as in `Truth`."""
     rows = zip(z.split(1), c.split(1), strict=True)
     bar = tqdm(rows, desc="truth", total=len(z), unit="head", leave=False)
-    return torch.cat([render(*row, domain, size=SIZE, hair=hair)[0] for row in bar])
+    drawn = [render(*row, domain, size=SIZE, hair=hair) for row in bar]
+    return torch.cat([image for image, _, _ in drawn]), torch.cat([mask for _, _, mask in drawn])
 
 
 def edited_region(after: Tensor, before: Tensor, margin: int = 2) -> Tensor:
@@ -233,28 +253,64 @@ def compare_edit(
 
 
 def compare(
-    oracle: Oracle, images: Tensor, truth: Tensor, z: Tensor, c: Tensor, domain: str
+    oracle: Oracle,
+    images: Tensor,
+    truth: Tensor,
+    mask: Tensor,
+    z: Tensor,
+    c: Tensor,
+    domain: str,
 ) -> dict[str, float]:
     """Compare pictures with the true ones of the same latents, cameras and domain.
 
     Args:
         images: Adapted pictures, [N, 3, 128, 128] in [-1, 1].
         truth: The true ones, likewise.
+        mask: The share of each true pixel that the head covers, [N, 1, 128, 128].
         z: Their latents, [N, 16].
         c: Their camera labels, [N, 25].
         domain: A key of DOMAINS.
 
     Returns:
-        `oracle_l1`, the mean difference, background included; `oracle_id`, the mean cosine of the
+        `oracle_l1`, the mean difference, and its parts `oracle_head_l1`, on the true head, and
+        `oracle_background_l1`, beside it; `oracle_id`, the mean cosine of the
         identity read to the latent's; `oracle_pose_deg`, the mean angle of the camera read to the
         true one; `oracle_domain`, the share read as the domain; and the last three of the true
         pictures, `true_oracle_...`.
     """
     images = images.clamp(-1, 1)
     adapted, floor = read(oracle, images, z, c, domain), read(oracle, truth, z, c, domain)
-    scores = {"oracle_l1": (images - truth).abs().mean().item()}
+    difference, head = (images - truth).abs().mean(1, keepdim=True), mask > 0.5
+    scores = {
+        "oracle_l1": difference.mean().item(),
+        "oracle_head_l1": difference[head].mean().item(),
+        "oracle_background_l1": difference[~head].mean().item(),
+    }
     scores |= {f"oracle_{name}": value for name, value in adapted.items()}
     return scores | {f"true_oracle_{name}": value for name, value in floor.items()}
+
+
+def silhouette_iou(mask: Tensor, truth: Tensor) -> float:
+    """Return the mean intersection over union of silhouettes with the true ones.
+
+    Args:
+        mask: Foreground of the pictures, [N, 1, n, n] in [0, 1].
+        truth: Of the true ones, [N, 1, 128, 128].
+    """
+    mask = F.interpolate(mask, truth.shape[2:], mode="bilinear") > 0.5
+    truth = truth > 0.5
+    both, either = ((x.flatten(1).sum(1)) for x in (mask & truth, mask | truth))
+    return (both / either.clamp_min(1)).mean().item()
+
+
+@torch.no_grad()
+def features(oracle: Oracle, images: Tensor) -> Tensor:
+    """Return unit features of pictures [N, 3, 128, 128], where the last convolution ends, [N, 160].
+
+    Their mean over the picture: what is there counts, not where.
+    """
+    maps = torch.cat([oracle.trunk(part) for part in images.clamp(-1, 1).split(BATCH)])
+    return F.normalize(maps.mean((2, 3)), dim=1)
 
 
 @torch.no_grad()

@@ -45,11 +45,12 @@ class TrueOracle:
 
 def test_true_pictures_score_perfectly():
     z, c = people(1)
-    truth = heads.render(z, c, "bronze")[0]
-    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, z, c, "bronze")
+    truth, _, mask = heads.render(z, c, "bronze")
+    scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, mask, z, c, "bronze")
     expected = {"id": 1, "pose_deg": 0, "domain": 1}
     expected = {f"oracle_{name}": value for name, value in expected.items()}
-    expected |= {f"true_{name}": value for name, value in expected.items()} | {"oracle_l1": 0}
+    expected |= {f"true_{name}": value for name, value in expected.items()}
+    expected |= {"oracle_l1": 0, "oracle_head_l1": 0, "oracle_background_l1": 0}
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
@@ -57,8 +58,8 @@ def test_another_domain_person_and_camera_are_told_from_the_truth():
     (z, c), (other_z, other_c) = people(1), people(1, seed=1)
     eye = TrueOracle(other_z, other_c, "clown")
     black = -torch.ones(1, 3, oracle.SIZE, oracle.SIZE)
-    truth = heads.render(z, c, "bronze")[0]
-    scores = oracle.compare(eye, black, truth, z, c, "bronze")
+    truth, _, mask = heads.render(z, c, "bronze")
+    scores = oracle.compare(eye, black, truth, mask, z, c, "bronze")
     known = metrics.angle_deg(oracle.camera_direction(c), oracle.camera_direction(other_c))
     assert scores["oracle_pose_deg"] == pytest.approx(known.mean().item(), abs=1e-3)
     assert scores["oracle_domain"] == 0 and scores["oracle_id"] < 0.9
@@ -76,13 +77,61 @@ class EyeForBlack(TrueOracle):
 
 def test_what_the_truth_gets_is_told_from_what_the_pictures_get():
     z, c = people(2)
-    truth = heads.render(z, c, "bronze", size=oracle.SIZE)[0]
+    truth, _, mask = heads.render(z, c, "bronze", size=oracle.SIZE)
     black = -torch.ones_like(truth)
-    scores = oracle.compare(EyeForBlack(z, c, "bronze"), black, truth, z, c, "bronze")
+    scores = oracle.compare(EyeForBlack(z, c, "bronze"), black, truth, mask, z, c, "bronze")
     assert scores["oracle_id"] == pytest.approx(-1) and scores["true_oracle_id"] == pytest.approx(1)
     assert scores["oracle_pose_deg"] == pytest.approx(180)
     assert scores["true_oracle_pose_deg"] == pytest.approx(0, abs=1e-3)
     assert (scores["oracle_domain"], scores["true_oracle_domain"]) == (0, 1)
+
+
+def test_head_and_background_are_compared_apart():
+    z, c = people(2)
+    truth, _, mask = heads.render(z, c, "bronze")
+    inside = mask > 0.5
+    redder = torch.where(inside, truth + torch.tensor([0.3, 0, 0]).view(3, 1, 1), truth)
+    darker = torch.where(inside, truth, -1)
+    eye = TrueOracle(z, c, "bronze")
+    on_head, beside = (
+        oracle.compare(eye, image, truth.clamp(-1, 0.7), mask, z, c, "bronze")
+        for image in (redder.clamp(-1, 0.7), darker)
+    )
+    assert on_head["oracle_head_l1"] > 0.05 and on_head["oracle_background_l1"] == 0
+    assert beside["oracle_background_l1"] == pytest.approx(1.7, abs=0.02)
+    assert beside["oracle_head_l1"] < 0.05
+    share = inside.float().mean().item()
+    parts = share * beside["oracle_head_l1"] + (1 - share) * beside["oracle_background_l1"]
+    assert beside["oracle_l1"] == pytest.approx(parts, abs=1e-4)
+
+
+def test_silhouettes_are_compared_at_the_size_of_the_truth():
+    truth = torch.zeros(2, 1, 128, 128)
+    truth[..., 32:96, 32:96] = 1
+    assert oracle.silhouette_iou(truth, truth) == 1
+    half = truth.clone()
+    half[..., 64:] = 0
+    assert oracle.silhouette_iou(half, truth) == pytest.approx(0.5)
+    small = F.avg_pool2d(truth, 2)
+    assert oracle.silhouette_iou(small, truth) == pytest.approx(1, abs=0.01)
+    assert oracle.silhouette_iou(torch.zeros_like(small), truth) == 0
+
+
+def test_sets_far_from_the_truth_are_far_by_the_oracles_own_features():
+    """What CLIP is fooled by: one head for all, and pictures without edges."""
+    pytest.importorskip("torchmetrics")
+    eye = oracle.load_oracle()
+    truth = oracle.draw_truth(*people(24), "devil")[0]
+    others = oracle.draw_truth(*people(24, seed=1), "devil")[0]
+    blurred = F.avg_pool2d(others, 9, 1, 4, count_include_pad=False)
+    alike, coarse, one = (
+        metrics.distances(oracle.features(eye, truth), oracle.features(eye, pictures))["kid"]
+        for pictures in (others, blurred, others[:1].expand(24, -1, -1, -1))
+    )
+    assert alike < 0.1 and coarse > alike + 0.2 and one > 1
+    assert torch.equal(
+        oracle.features(eye, truth * 9), oracle.features(eye, (truth * 9).clamp(-1, 1))
+    )
 
 
 def puppet_generator(seed=0):
@@ -133,6 +182,7 @@ def test_oracle_adds_its_scores_to_the_row(puppet_run, capsys):
     oracle.main(puppet_run)
     row = json.loads(puppet_run.out.read_text())[str(puppet_run.ckpt[0])]
     assert before.items() < row.items() and row["oracle_target"] == "bronze"
+    assert 0 <= row["oracle_iou"] <= 1 and 0 <= row["source_iou"] <= 1
     assert 0 < row["oracle_l1"] < 2 and 0 < row["true_oracle_pose_deg"] < 180
     assert 0 < row["true_pose_deg"] < 180 and 1 / 3 <= row["true_identity_mrr"] <= 1
     assert f"{row['oracle_l1']:.3g}" in capsys.readouterr().out
@@ -163,7 +213,7 @@ def test_oracle_leaves_the_distance_to_other_pictures(puppet_run):
 
 def test_oracle_looks_at_the_views_that_eval_scored(puppet_run, monkeypatch):
     seen = {}
-    monkeypatch.setattr(oracle, "compare", lambda _, i, t, z, c, d: seen.update(z=z, c=c) or {})
+    monkeypatch.setattr(oracle, "compare", lambda _, i, t, m, z, c, d: seen.update(z=z, c=c) or {})
     oracle.main(puppet_run)
     G = puppet_generator()
     views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
@@ -186,10 +236,11 @@ def test_oracle_judges_the_truth_from_both_views_and_the_sets_against_it(puppet_
     assert torch.equal(true.image, truth)
     G = puppet_generator()
     views, _ = evaluation.draw_views(G, Config(ckpt=(), samples=3, seed=5))
-    front = oracle.draw_truth(views.z, G.cameras.frontal(3), "bronze")
+    front, _ = oracle.draw_truth(views.z, G.cameras.frontal(3), "bronze")
     assert torch.equal(true.front, front) and not torch.equal(true.front, truth)
+    assert -1 <= images.min() and images.max() <= 1
     of_truth, of_images = (x.flatten(1)[:, :64] for x in (truth, images))
-    assert torch.equal(sets[0][0], of_truth) and torch.equal(sets[0][1], of_images)
+    assert torch.equal(sets[1][0], of_truth) and torch.equal(sets[1][1], of_images)
 
 
 def test_oracle_reads_the_domain_of_a_picture(tmp_path):
@@ -209,7 +260,7 @@ def test_oracle_takes_an_edit_for_an_edit_of_a_person(prompt):
 
 def test_edits_are_compared_where_they_belong_and_where_they_do_not():
     z, c = torch.randn(2, heads.Z_DIM), CAMERAS.sample(2)
-    before, after = (oracle.draw_truth(z, c, "person", hair) for hair in (None, "green"))
+    before, after = (oracle.draw_truth(z, c, "person", hair)[0] for hair in (None, "green"))
     region = oracle.edited_region(after, before)
     assert 0.02 < region.float().mean() < 0.5
     assert torch.equal(before.masked_fill(region, 0), after.masked_fill(region, 0))
