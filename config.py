@@ -117,7 +117,7 @@ class Targets:
     inverted: bool = True
     """Start from the source's picture inverted, which keeps persons; else from noise for all."""
     margin: Fraction = 0.0
-    """Width around the foreground that may change too, as a fraction of the picture's."""
+    """Width around the foreground where shapes may grow, as a fraction of the picture's."""
     pool: Count = 25  # Batches of heads that are used in turn.
     reuse: Count = 1  # Steps that use each of them, before others take their place.
 
@@ -136,9 +136,9 @@ class Config:
 
     base: Literal["puppets", "ffhq", "afhq"] = "puppets"
     """World of the generator; sets defaults. Only puppets brings a generator of its own."""
-    method: Literal["gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"] = (
-        "gca3d"
-    )
+    method: Literal[
+        "denoised", "gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"
+    ] = "denoised"
     """Objective, and which parameters learn; sets defaults."""
     generator: str
     """Generator to adapt: .safetensors, EG3D's .pkl, hub id user/repo/file, URL or run folder."""
@@ -160,6 +160,8 @@ class Config:
     """Name patterns of the parameters that learn; several: each has an equal part of the run."""
     seed: Annotated[int, Within(0)] = 0  # Fixes every random draw, together with the step.
     lr: Annotated[float, Within(0, 1, above=True)]  # Adam's learning rate.
+    momentum: Annotated[float, Within(0, 0.999)] = 0.0
+    """Adam's first beta; score distillation, whose gradients are mostly noise, goes without."""
     trunc: Annotated[float, Within(-10, 10)] = 1.0
     """Truncation psi of the training samples; 1: the full variety."""
     mapping_camera: Literal["frontal", "render"] = "frontal"
@@ -174,8 +176,6 @@ class Config:
     """Weight of the pictures in the prior; by default 1 without a prompt, 0.6 with one."""
     depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
     mask: bool = False  # Whether only the source's foreground is adapted.
-    density_leak: Fraction = 0.0
-    """Least slope of the density for gradients: above 0, shapes can grow into empty space."""
     delta: Fraction = 0.0
     """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""
     hsc_temperature: Annotated[float, Within(0, above=True)] = 0.1  # Softmax temperature (tau).
@@ -279,6 +279,14 @@ BASES: dict[str, dict[str, Any]] = {
 }
 # What a method is on any base: what learns, and what the prior sees of the source.
 METHODS: dict[str, dict[str, Any]] = {
+    # Ours: onto what the prior paints of the source's pictures, with GCA-3D's consistency.
+    "denoised": {
+        "learns": WEIGHTS_LEARN,
+        "depth_scale": 1.0,
+        "mask": True,
+        "momentum": 0.9,
+        "targets": Targets(reuse=4),
+    },
     "gca3d": {"learns": WEIGHTS_LEARN, "depth_scale": 1.0, "mask": True},  # arXiv:2412.15491
     "sds": {"learns": WEIGHTS_LEARN},  # Plain score distillation, GCA-3D's baseline.
     "stylegan-fusion": {"learns": WEIGHTS_LEARN},  # arXiv:2212.04473
@@ -291,6 +299,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # public, 3D-Adapter's are those of DoRM, by its authors. --delta would double what UNet and
 # ControlNet cost, which there is most of a step, so it is off.
 PAPERS: dict[str, dict[str, float]] = {
+    "denoised": dict(lr=8e-4, guidance=7.5, denoised=1.0, denoised_tokens=0.3, hsc=0.3),
     "gca3d": dict(lr=8e-4, guidance=100.0, dsds=1.0, hsc=1.0),
     "sds": dict(lr=8e-4, guidance=100.0, dsds=1.0),
     "stylegan-fusion": dict(
@@ -309,6 +318,7 @@ PAPERS: dict[str, dict[str, float]] = {
 }
 # The same, tuned on the puppets' small networks.
 TUNED: dict[str, dict[str, float]] = {
+    "denoised": dict(lr=2e-3, guidance=2.0, denoised=1.0, denoised_tokens=0.3, hsc=0.3),
     "gca3d": dict(lr=2e-3, guidance=3.0, delta=0.5, dsds=1.0, hsc=0.05),
     "sds": dict(lr=3e-3, guidance=1.5, dsds=1.0),
     "stylegan-fusion": dict(
@@ -323,6 +333,10 @@ TUNED: dict[str, dict[str, float]] = {
 NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
+# What a picture without words changes: the source's own would outweigh it, so noise replaces it.
+PICTURES: dict[str, dict[str, Any]] = {
+    "denoised": {"guidance": 3.0, "targets": {"inverted": False, "level": 0.9}}
+}
 
 
 def _defaults(
@@ -338,6 +352,10 @@ def _defaults(
             raise ValueError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
     row = BASES[base] | METHODS[method] | NUMBERS[base][method]
     row |= EDITS.get(method, {}) if edit else {}
+    targets = row.pop("targets", Targets())
+    if image and not prompt and method in PICTURES:
+        row |= PICTURES[method]
+        targets = dataclasses.replace(targets, **row.pop("targets"))
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
     if not image:
         weights["target"] = 0.0  # Words have no tokens to compare with.
@@ -345,7 +363,7 @@ def _defaults(
     computed = {
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if prompt and image else 1.0,
-        "targets": Targets(**row.pop("targets", {})),
+        "targets": targets,
         "weights": Weights(**weights),
     }
     plain = {f.name: f.default for f in fields(Config) if f.default is not dataclasses.MISSING}

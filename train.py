@@ -65,6 +65,7 @@ from samples import (
 from terms import Everyone, Guides, Moment, Row, needed, pull_back
 
 EMA_HALF_LIFE = 0.05  # As a fraction of the run: long enough to calm the result, short to follow.
+GROWTH = 0.05  # Least slope of the density for gradients, where shapes may grow into empty space.
 GRID_SEEDS = list(range(8))
 
 
@@ -170,8 +171,7 @@ def prepare(cfg: Config, G_src: Generator, guides: Guides) -> Run:
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
     pool = Pool(cfg, G_src, guides)
-    # StyleGAN's betas: no momentum, since the gradients of a step are mostly noise.
-    optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(0.0, 0.99))
+    optimizer = torch.optim.Adam(weights.values(), cfg.lr, betas=(cfg.momentum, 0.99))
     return Run(cfg, G_src, guides, G, G_ema, phases, weights, averages, optimizer, pool)
 
 
@@ -202,7 +202,7 @@ def take_step(run: Run, step: int) -> Row:
     ws = G.mapping(z, conditioning[cfg.mapping_camera], cfg.trunc)
     # One jitter of the rays for both generators, drawn for the whole batch.
     torch.manual_seed(step_seed(cfg.seed, draw, stream=1))
-    rays = replace(G.rays(c), leak=cfg.density_leak)
+    rays = replace(G.rays(c), leak=GROWTH if cfg.targets.margin else 0.0)
     everyone = gather_planes(run, ws) if "batch" in needs else None
 
     learning = run.phases[(step - 1) * len(run.phases) // cfg.steps]

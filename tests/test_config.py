@@ -65,16 +65,25 @@ def test_edit_is_the_prompt_and_brings_its_presets():
 def test_what_is_given_wins_over_the_preset():
     cfg = Config(prompt="x", base="ffhq", lr=4e-3, weights={"keep": 4})
     assert (cfg.lr, cfg.steps) == (4e-3, config.BASES["ffhq"]["steps"])
-    assert cfg.weights.on() == {"dsds": 1, "hsc": 1, "keep": 4}
+    assert cfg.weights.on() == {"denoised": 1, "denoised_tokens": 0.3, "hsc": 0.3, "keep": 4}
     whole = Config(prompt="x", weights=Weights(hsc=0.5))
     assert whole.weights.on() == {"hsc": 0.5}
+
+
+def test_a_picture_without_words_starts_from_noise():
+    words, picture = Config(prompt="a clown"), Config(image="a.png")
+    assert words.targets.inverted and not picture.targets.inverted
+    assert picture.targets.level > words.targets.level and picture.guidance > words.guidance
+    assert Config(prompt="a clown", image="a.png").targets == words.targets
+    changed = Config(image="a.png", targets={"level": 0.5})
+    assert (changed.targets.level, changed.targets.inverted) == (0.5, False)
 
 
 def test_none_is_not_given_and_other_names_are_refused():
     assert Config(prompt="x", image=None, device=None, lr=None) == Config(prompt="x")
     with pytest.raises(TypeError, match="no such option: adapters"):
         Config(prompt="x", adapters=("a", "b"))
-    with pytest.raises(ValueError, match="--method must be one of gca3d, .*got 'magic'"):
+    with pytest.raises(ValueError, match="--method must be one of denoised, .*got 'magic'"):
         Config(prompt="x", method="magic")
 
 
@@ -156,7 +165,7 @@ def test_reading_options_needs_no_torch():
 
 def test_a_dry_run_prints_its_settings_and_writes_nothing(tmp_path, capsys):
     train.main(Config(prompt="x", out=tmp_path / "run", dry_run=True))
-    assert '"hsc": 0.05' in capsys.readouterr().out
+    assert '"momentum": 0.9' in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
