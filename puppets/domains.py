@@ -240,5 +240,6 @@ DOMAINS: dict[str, Domain] = {
 }
 SOURCE = "person"
 TARGETS = tuple(name for name in DOMAINS if name != SOURCE)
-# Never used while tuning the adaptation; the tables are judged on them.
-HELD_OUT = ("marble", "robot", "devil", "elf")
+# No setting was chosen by these; the tables are judged on them. Ice and toy were in no table before
+# denoised targets came.
+HELD_OUT = ("marble", "robot", "devil", "elf", "ice", "toy")

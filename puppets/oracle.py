@@ -31,7 +31,7 @@ from metrics import angle_deg, distances
 from models.cameras import split_label
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
-from puppets.data import DOMAIN_NAMES
+from puppets.data import CAMERAS, DOMAIN_NAMES
 from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
 from render import load_run
@@ -119,29 +119,27 @@ def score_run(
     oracle: Oracle,
     sources: evaluation.Sources,
     truths: Truths,
+    device: str | torch.device = "cpu",
 ) -> evaluation.Row:
     """Return the oracle's scores of one run, on the latents and cameras of its row.
 
     Args:
         row: What eval.py wrote; its samples and seed are used.
         sources: See `eval.score_run`.
-        truths: Heads drawn for the runs before, to be used again.
+        truths: See `true_pictures`.
+        device: Where the generators render; the rest is done on the CPU.
 
     Returns:
-        `oracle_target`, the domain that the truth is drawn in; what `compare` returns, `oracle_iou`
-        (see `silhouette_iou`) and `source_iou`, the source's; of a prompt such as "a person with
-        green hair", what `compare_edit` returns; of the scores of eval.py that the true pictures
-        cannot all reach, theirs: `true_pose_deg`, `true_identity_top1`, `true_identity_mrr`,
-        `true_diversity`; and, if torchmetrics is installed, `oracle_kid`, the kernel distance
-        between the pictures and the true ones by the oracle's own features, and by CLIP's `fid` and
-        `kid`, unless the row has those of other pictures.
+        `oracle_target`, the domain that the truth is drawn in; what `judge` returns, without `fid`
+        and `kid` if the row has those of other pictures; of a prompt such as "a person with green
+        hair", what `compare_edit` returns.
 
     Raises:
         ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
             pictures are not finite, or its source is gone.
     """
     settings = evaluation.run_settings(ckpt)
-    G, G_src, _ = load_run(ckpt)
+    G, G_src, _ = load_run(ckpt, device)
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
     if (G.z_dim, G.img_resolution, settings["trunc"]) != (Z_DIM, SIZE, 1):
@@ -151,36 +149,71 @@ def score_run(
     domain, hair = target_domain(ckpt, settings, oracle), target_hair(settings)
     cfg = evaluation.Config(ckpt=(ckpt,), samples=row["samples"], seed=row["seed"])
     source = evaluation.render_source(G_src, 1.0, cfg, sources)
-    views = source.views
-    adapted = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False)
-    images = adapted.image.clamp(-1, 1)
-    if not images.isfinite().all():
+    adapted = evaluation.render_all(G, source.views, 1.0, cfg, "adapted", front=False)
+    if not adapted.image.isfinite().all():
         raise ValueError(f"{ckpt}: the pictures are not finite")
+    truth = true_pictures(source.views, domain, hair, cfg, truths)
+    clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
+    scores = judge(oracle, clip, adapted, source, truth, domain, cfg)
+    if "real" in row:
+        scores = {name: score for name, score in scores.items() if name not in ("fid", "kid")}
+    if hair:
+        c = CAMERAS.label(*source.views.angles.T)
+        region = edited_region(truth.image, draw_truth(source.views.z, c, domain)[0])
+        scores |= compare_edit(adapted.image, source.renders, truth.image, region)
+    return {"oracle_target": domain} | scores
 
-    c = G.cameras.label(*views.angles.T)  # [N, 25]
-    key = (domain, hair, cfg.samples, cfg.seed)
-    if key not in truths:
-        image, mask = draw_truth(views.z, c, domain, hair)
-        front, _ = draw_truth(views.z, G.cameras.frontal(len(c)), domain, hair)
-        truths[key] = Truth(image, mask, front)
-    truth = truths[key]
-    scores = compare(oracle, images, truth.image, truth.mask, views.z, c, domain)
+
+def judge(
+    oracle: Oracle,
+    clip: ClipFeatures,
+    adapted: evaluation.Renders,
+    source: evaluation.Source,
+    truth: Truth,
+    domain: str,
+    cfg: evaluation.Config,
+) -> dict[str, float]:
+    """Compare pictures with the true ones, and say what the true ones themselves get.
+
+    Args:
+        adapted: The pictures and their silhouettes; those from the front are not looked at.
+        source: What the source shows of the same latents.
+        domain: A key of DOMAINS.
+
+    Returns:
+        What `compare` returns; `oracle_iou` (see `silhouette_iou`) and `source_iou`, the source's;
+        of the scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
+        `true_identity_top1`, `true_identity_mrr`, `true_diversity`; if torchmetrics is installed,
+        the distances between the two sets: `oracle_kid` by the oracle's own features, `fid` and
+        `kid` by CLIP's.
+    """
+    images, z = adapted.image.clamp(-1, 1), source.views.z
+    c = CAMERAS.label(*source.views.angles.T)  # [N, 25]
+    scores = compare(oracle, images, truth.image, truth.mask, z, c, domain)
     scores["oracle_iou"] = silhouette_iou(adapted.mask, truth.mask)
     scores["source_iou"] = silhouette_iou(source.renders.mask, truth.mask)
-    if hair:
-        region = edited_region(truth.image, draw_truth(views.z, c, domain)[0])
-        scores |= compare_edit(images, source.renders, truth.image, region)
-    clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
-    true = replace(source.renders, image=truth.image, front=truth.front)
-    floor = evaluation.likeness(clip, source, true, cfg)
-    del floor["pose_source_deg"]
     if find_spec("torchmetrics"):
         pair = (features(oracle, pictures) for pictures in (truth.image, images))
         scores["oracle_kid"] = distances(*pair)["kid"]
-        if "real" not in row:
-            pair = (evaluation.embed(clip, pictures, cfg) for pictures in (truth.image, images))
-            scores |= distances(*pair)
-    return {"oracle_target": domain} | scores | {f"true_{k}": v for k, v in floor.items()}
+        pair = (evaluation.embed(clip, pictures, cfg) for pictures in (truth.image, images))
+        scores |= distances(*pair)
+    true = replace(source.renders, image=truth.image, front=truth.front)
+    floor = evaluation.likeness(clip, source, true, cfg)
+    del floor["pose_source_deg"]
+    return scores | {f"true_{name}": value for name, value in floor.items()}
+
+
+def true_pictures(
+    views: evaluation.Views, domain: str, hair: str | None, cfg: evaluation.Config, truths: Truths
+) -> Truth:
+    """Draw the truth of the views that are scored, or return what `truths` keeps of it."""
+    key = (domain, hair, cfg.samples, cfg.seed)
+    if key not in truths:
+        c = CAMERAS.label(*views.angles.T)
+        image, mask = draw_truth(views.z, c, domain, hair)
+        front, _ = draw_truth(views.z, CAMERAS.frontal(len(c)), domain, hair)
+        truths[key] = Truth(image, mask, front)
+    return truths[key]
 
 
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:

