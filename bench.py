@@ -48,7 +48,16 @@ from models.noise import guided_noise
 PROMPT = "a bronze statue"
 TOKENIZER = locate("checkpoints/puppets/clip")  # The one at hand.
 NETWORKS = ("base", "generator", "diffusion", "controlnet", "vae", "features", "clip")
-SWITCHES = ("batch", "micro_batch", "low_memory", "precision", "vae_precision", "compile", "device")
+SWITCHES = (
+    "method",
+    "batch",
+    "micro_batch",
+    "low_memory",
+    "precision",
+    "vae_precision",
+    "compile",
+    "device",
+)
 EXACT = {"precision": "fp32", "vae_precision": "fp32", "vae": "", "compile": False}
 CHANNELS, SIDE, MATRIX = 256, 256, 2048  # Sizes of the convolution and of the square matrices.
 CONV_GFLOP, MATMUL_GFLOP = 18 * CHANNELS**2 * SIDE**2 / 1e9, 2 * MATRIX**3 / 1e9
@@ -87,6 +96,7 @@ class Config:
     """Random networks of full size instead, made in memory: EG3D's for faces of 512 px, Stable
     Diffusion 1.5 with its depth ControlNet and its VAE or TAESD, DINOv2-small, CLIP ViT-B/32."""
 
+    method: str | None = None  # Objective; None: train.py's own.
     batch: int = 1  # Samples in a step.
     micro_batch: int | None = None  # Samples that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
@@ -111,7 +121,7 @@ def main(cfg: Config) -> None:
     check_options(cfg)
     run = run_options(cfg)
     device = pick_device(cfg.device)
-    report = describe(cfg, device)
+    report = describe(cfg, device) | {"reuse": run.targets.reuse}
     torch.manual_seed(0)
     world = World(run, device, random=cfg.random is not None)
     # All networks first: what cannot be loaded is refused before anything is measured.
@@ -243,6 +253,14 @@ class World:
     def run(self) -> train.Run:
         """All of them, as train.py prepares them for a run."""
         return train.prepare(self.cfg, self.G_src, self.guides)
+
+    @cached_property
+    def later(self) -> train.Run:
+        """The run once the heads of its first step come again."""
+        cfg = replace(self.cfg, targets=replace(self.cfg.targets, reuse=2))
+        run = replace(self.run, pool=samples.Pool(cfg, self.G_src, self.guides))
+        train.take_step(run, 1)
+        return run
 
     @cached_property
     def z(self) -> Tensor:
@@ -397,9 +415,20 @@ def hsc(images: Tensor, now: terms.Moment) -> None:
     terms.pull_back({"image": images}, {"hsc": 1.0}, replace(now, source=source), len(images))
 
 
+@torch.no_grad()
+def paint(now: terms.Moment) -> Tensor:
+    """Let the prior paint the source's pictures: invert, denoise, decode."""
+    return now.guides.paint(now.source.outputs, now.source.view("latents"))
+
+
 def step(run: train.Run, numbers: Iterator[int]) -> dict[str, float]:
-    """Take a whole step of training, and return its row of the log."""
+    """Take a whole step of training on new heads, and return its row of the log."""
     return train.take_step(run, next(numbers))
+
+
+def reused_step(later: train.Run) -> dict[str, float]:
+    """Take a whole step on heads that an earlier step has seen, as --targets.reuse lets a run."""
+    return train.take_step(later, 1)
 
 
 PARTS = {
@@ -407,7 +436,7 @@ PARTS = {
     for part in (
         *(backbone, rendering, superresolution, generator, generator_bf16, generator_backward),
         *(vae, vae_backward, controlnet, unet, vit, vit_backward, clip),
-        *(dsds, hsc, step),
+        *(dsds, hsc, paint, step, reused_step),
     )
 }
 
@@ -544,6 +573,17 @@ def markdown(report: dict) -> str:
             "",
             f"A whole step of {settings['batch']}: {whole:.3f} TFLOP, of which HSC "
             f"{consistency:.3f}, the rest {whole - consistency:.3f}.",
+        ]
+    if {"step", "reused_step"} <= parts.keys():
+        new, again = (parts[name] for name in ("step", "reused_step"))
+        gflop, seconds = (
+            again[name] + (new[name] - again[name]) / report["reuse"]
+            for name in ("gflop", "cpu_seconds" if on_cpu else "seconds")
+        )
+        lines += [
+            "",
+            f"A step of the run, whose heads are used {report['reuse']} times: {gflop / 1e3:.3f} "
+            f"TFLOP, {seconds:.3g} {'CPU s' if on_cpu else 's'}.",
         ]
     if report.get("gradient"):
         cosine, ratio = report["gradient"].values()
