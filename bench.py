@@ -427,7 +427,7 @@ def step(run: train.Run, numbers: Iterator[int]) -> dict[str, float]:
 
 
 def reused_step(later: train.Run) -> dict[str, float]:
-    """Take a whole step on heads that an earlier step has seen, as --targets.reuse lets a run."""
+    """Take a whole step on heads that an earlier step has seen."""
     return train.take_step(later, 1)
 
 
@@ -567,23 +567,12 @@ def markdown(report: dict) -> str:
             f"| {row['gflop'] / 1e3:.4g} | {row['gflop_per_second']:.3g} | {row['of_conv']:.0%} "
             f"| {row['of_matmul']:.0%} | {row['units']:.3g} | {memory} |"
         )
-    if {"step", "hsc"} <= parts.keys():
-        whole, consistency = (parts[name]["gflop"] / 1e3 for name in ("step", "hsc"))
-        lines += [
-            "",
-            f"A whole step of {settings['batch']}: {whole:.3f} TFLOP, of which HSC "
-            f"{consistency:.3f}, the rest {whole - consistency:.3f}.",
-        ]
     if {"step", "reused_step"} <= parts.keys():
         new, again = (parts[name] for name in ("step", "reused_step"))
-        gflop, seconds = (
-            again[name] + (new[name] - again[name]) / report["reuse"]
-            for name in ("gflop", "cpu_seconds" if on_cpu else "seconds")
-        )
+        mean = again["gflop"] + (new["gflop"] - again["gflop"]) / report["reuse"]
         lines += [
             "",
-            f"A step of the run, whose heads are used {report['reuse']} times: {gflop / 1e3:.3f} "
-            f"TFLOP, {seconds:.3g} {'CPU s' if on_cpu else 's'}.",
+            f"A step of the run, {report['reuse']} on the same heads: {mean / 1e3:.3f} TFLOP.",
         ]
     if report.get("gradient"):
         cosine, ratio = report["gradient"].values()

@@ -270,7 +270,7 @@ BASES: dict[str, dict[str, Any]] = {
         "features": "checkpoints/puppets/dino",
         "clip": "checkpoints/puppets/clip",
         "source_prompt": "a photo of a person",
-        **{"steps": 50, "batch": 4, "t_range": (0.02, 0.98), "save_every": 25, "grid_every": 25},
+        **{"t_range": (0.02, 0.98), "save_every": 25, "grid_every": 25},
     },
     "ffhq": STABLE_DIFFUSION | {"source_prompt": "a photo of a person"},
     # Cats as StyleGAN-Fusion turns them into dogs.
@@ -285,7 +285,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "depth_scale": 1.0,
         "mask": True,
         "momentum": 0.9,
-        "targets": Targets(reuse=4),
+        "targets": Targets(steps=6, pool=17, reuse=6),
     },
     "gca3d": {"learns": WEIGHTS_LEARN, "depth_scale": 1.0, "mask": True},  # arXiv:2412.15491
     "sds": {"learns": WEIGHTS_LEARN},  # Plain score distillation, GCA-3D's baseline.
@@ -299,7 +299,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # public, 3D-Adapter's are those of DoRM, by its authors. --delta would double what UNet and
 # ControlNet cost, which there is most of a step, so it is off.
 PAPERS: dict[str, dict[str, float]] = {
-    "denoised": dict(lr=8e-4, guidance=7.5, denoised=1.0, denoised_tokens=0.3, hsc=0.3),
+    "denoised": dict(lr=8e-4, guidance=7.5, denoised=1.0, denoised_tokens=0.3, hsc=0.2),
     "gca3d": dict(lr=8e-4, guidance=100.0, dsds=1.0, hsc=1.0),
     "sds": dict(lr=8e-4, guidance=100.0, dsds=1.0),
     "stylegan-fusion": dict(
@@ -316,9 +316,11 @@ PAPERS: dict[str, dict[str, float]] = {
         feature_structure=10.0,
     ),
 }
-# The same, tuned on the puppets' small networks.
+# The same and how long a run takes, tuned on the puppets' small networks.
 TUNED: dict[str, dict[str, float]] = {
-    "denoised": dict(lr=2e-3, guidance=2.0, denoised=1.0, denoised_tokens=0.3, hsc=0.3),
+    "denoised": dict(
+        steps=100, batch=2, lr=2e-3, guidance=2.0, denoised=1.0, denoised_tokens=0.3, hsc=0.2
+    ),
     "gca3d": dict(lr=2e-3, guidance=3.0, delta=0.5, dsds=1.0, hsc=0.05),
     "sds": dict(lr=3e-3, guidance=1.5, dsds=1.0),
     "stylegan-fusion": dict(
@@ -330,6 +332,7 @@ TUNED: dict[str, dict[str, float]] = {
         lr=1e-2, guidance=3.0, clip_direction=1.0, target=5.0, structure=0.1, feature_structure=0.1
     ),
 }
+TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
 NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}

@@ -212,16 +212,22 @@ def fusion_sds_loss(
     t: Tensor,
     noise: Tensor,
     guidance: float,
+    baseline: Tensor | None = None,
 ) -> Tensor:
     """SDS between predictions of unit size (StyleGAN-Fusion, arXiv:2212.04473, its code for EG3D).
 
     The gradient is (1 - abar_t) * (unit(eps_hat) - unit(noise)) / 100, clamped to +-1, where unit()
     scales a whole latent to an RMS of 1, so that a large guidance changes only directions. Theirs
     is of one image; here every image has its own t, RMS and clamp. Their nan -> 0 is left out.
+
+    Args:
+        baseline: What is subtracted instead of the noise, see `dsds_loss`.
     """
     with torch.no_grad():
         eps_hat = guided_noise(prior, add_noise(prior, latents, t, noise), t, condition, guidance)
-        grad = _fusion_gradient(prior, t, _unit(eps_hat) - _unit(noise))
+        grad = _fusion_gradient(
+            prior, t, _unit(eps_hat) - _unit(noise if baseline is None else baseline)
+        )
     return _carrier(latents, grad)
 
 

@@ -329,11 +329,7 @@ class Term:
 def dsds(latents: Tensor, now: Moment) -> Tensor:
     """L_DSDS, as far as --depth-scale and --mask are on; without both it is plain SDS."""
     guides, cfg, source = now.guides, now.guides.cfg, now.source.outputs
-    depth, baseline, noise = guides.depth(source), None, now.noise[0]
-    if cfg.delta:
-        latents_src = now.source.view("latents")
-        inputs = (guides.condition_src, now.t, noise, cfg.guidance, depth)
-        baseline = noise.lerp(source_noise(guides.prior, latents_src, *inputs), cfg.delta)
+    depth, noise = guides.depth(source), now.noise[0]
     return dsds_loss(
         guides.prior,
         latents,
@@ -343,8 +339,20 @@ def dsds(latents: Tensor, now: Moment) -> Tensor:
         cfg.guidance,
         depth=depth,
         mask=source["mask"] if cfg.mask else None,
-        baseline=baseline,
+        baseline=delta(now, "latents", depth),
     )
+
+
+def delta(now: Moment, view: str, depth: Tensor | None = None) -> Tensor | None:
+    """Return what score distillation subtracts from the prediction; None: the noise.
+
+    With --delta a part of it is what the prior predicts on the source, seen by the same view.
+    """
+    guides, cfg, noise = now.guides, now.guides.cfg, now.noise[0]
+    if not cfg.delta:
+        return None
+    inputs = (guides.condition_src, now.t, noise, cfg.guidance, depth)
+    return noise.lerp(source_noise(guides.prior, now.source.view(view), *inputs), cfg.delta)
 
 
 def hsc(tokens: Tensor, now: Moment) -> Tensor:
@@ -369,7 +377,8 @@ def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
 def fusion(latents: Tensor, now: Moment) -> Tensor:
     """StyleGAN-Fusion's score distillation."""
     inputs = (now.guides.condition, now.t, now.noise[0], now.guides.cfg.guidance)
-    return fusion_sds_loss(now.guides.prior, latents, *inputs)
+    baseline = delta(now, "clamped latents")
+    return fusion_sds_loss(now.guides.prior, latents, *inputs, baseline)
 
 
 def score_regulariser(loss: Callable[..., Tensor], latents: Tensor, now: Moment) -> Tensor:

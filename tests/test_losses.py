@@ -262,6 +262,16 @@ def test_fusion_gradient_is_the_closed_form():
     torch.testing.assert_close(latents.grad, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_fusion_gradient_to_a_baseline_is_the_closed_form():
+    latents, condition, t, noise = sds_inputs()
+    baseline = noise.roll(1, 0)
+    inputs = (condition, t, noise, GUIDANCE, baseline)
+    fusion_sds_loss(FakePrior(), latents, *inputs).sum().backward()
+    eps_hat, abar = predicted(latents, t, noise)
+    expected = (1 - abar) * (unit(eps_hat) - unit(baseline)) / 100
+    torch.testing.assert_close(latents.grad, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_fusion_gradient_is_blind_to_the_size_of_the_prediction():
     latents, condition, t, noise = sds_inputs()
     gradients = []

@@ -146,7 +146,7 @@ def test_default_command_works_from_any_folder(tmp_path, monkeypatch):
     run = tmp_path / "runs/a-bronze-statue"
     assert load_generator(run).img_resolution == 128
     rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
-    assert all(row["dsds"] > 0 and row["hsc"] > 0 for row in rows) and len(rows) == 2
+    assert all(row["denoised"] > 0 and row["hsc"] > 0 for row in rows) and len(rows) == 2
 
 
 def test_vit_gives_a_grid_of_tokens():

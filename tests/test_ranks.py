@@ -161,7 +161,7 @@ def distances_by_one(short_runs, tmp_path_factory):
 
 def test_targets_of_a_pool_are_the_same_in_processes_and_micro_batches(launch, tmp_path):
     painted = SHORT | {
-        "weights": {"dsds": 0, "denoised": 1.0, "hsc": 0.03},
+        "method": "denoised",
         "targets": {"steps": 2, "pool": 1, "reuse": 2},
     }
     run(tmp_path / "one", **painted)

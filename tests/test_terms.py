@@ -26,7 +26,7 @@ DATA = Path(__file__).parent / "data"
 # Runs whose gradients at the weights were stored at 5c470a9, when each term still went back through
 # its network by itself; together they have all twelve terms.
 STORED = {
-    "gca3d": {},
+    "gca3d": {"method": "gca3d"},
     "sds": {"method": "sds"},
     "stylegan-fusion": {"method": "stylegan-fusion", "weights": {"score_reconstruction": 1.0}},
     "diffusiongan3d": {
@@ -40,7 +40,7 @@ STORED = {
         "image": "picture.png",
         "learns": (r"(decoder|backbone\.synthesis|superresolution)\..*\.weight",),
     },
-    "delta": {"delta": 0.3, "mask": False, "micro_batch": 1},
+    "delta": {"method": "gca3d", "delta": 0.3, "mask": False, "micro_batch": 1},
 }
 
 

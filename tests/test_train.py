@@ -83,7 +83,7 @@ def test_resumed_run_equals_unbroken_run(tmp_path, unbroken, steps):
 
 # Two draws of heads that are used twice each, and then a third.
 PAINTED = {
-    "weights": {"dsds": 0, "denoised": 1.0, "denoised_tokens": 0.3},
+    "method": "denoised",
     "targets": {"steps": 2, "pool": 2, "reuse": 2},
 }
 

@@ -82,6 +82,7 @@ def options(out: Path, **changes: object) -> dict:
     """Return the fields of a train.Config for a short run on the CPU."""
     return {
         "prompt": "a bronze statue",
+        "method": "gca3d",  # Whose terms and switches are the most.
         "generator": str(world() / "generator.safetensors"),
         "diffusion": str(world() / "diffusion"),
         "features": str(world() / "dino"),
