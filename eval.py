@@ -417,15 +417,15 @@ def embed_pictures(clip: ClipFeatures, files: Pictures, batch: int) -> Tensor:
 
 
 def embed(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
-    """Return CLIP's unit embeddings of images, clamped to [-1, 1], [N, D]."""
-    return _in_batches(clip.images, clip, images.clamp(-1, 1), cfg)
+    """Return CLIP's unit embeddings of images, [N, D]."""
+    return _in_batches(clip.images, clip, images, cfg)
 
 
 def cells(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
     """Return CLIP's patch tokens averaged to 8 x 8 cells, [N, 64 D]: what is where."""
 
     def pooled(images: Tensor) -> Tensor:
-        tokens = clip.tokens(images.clamp(-1, 1)).permute(0, 3, 1, 2)  # [B, D, g, g]
+        tokens = clip.tokens(images).permute(0, 3, 1, 2)  # [B, D, g, g]
         return F.adaptive_avg_pool2d(tokens, CELLS).flatten(1)  # [B, 64 D]
 
     return _in_batches(pooled, clip, images, cfg)
@@ -435,10 +435,11 @@ def cells(clip: ClipFeatures, images: Tensor, cfg: Config) -> Tensor:
 def _in_batches(
     read: Callable[[Tensor], Tensor], clip: ClipFeatures, images: Tensor, cfg: Config
 ) -> Tensor:
-    """Read features off images, [N, F]; refuse any that are not finite."""
+    """Read features off images, clamped to [-1, 1], [N, F]; refuse any that are not finite."""
     bar = tqdm(images.split(cfg.batch), desc="features", unit="batch", leave=False)
-    features = torch.cat([read(part.to(clip.model.device)).cpu() for part in bar])
-    if not features.isfinite().all():
+    clamped = (part.to(clip.model.device).clamp(-1, 1) for part in bar)
+    features = torch.cat([read(part).cpu() for part in clamped])
+    if not (images.isfinite().all() and features.isfinite().all()):
         raise ValueError("the pictures or their features are not finite")
     return features
 
