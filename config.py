@@ -319,7 +319,7 @@ PAPERS: dict[str, dict[str, float]] = {
 # The same and how long a run takes, tuned on the puppets' small networks.
 TUNED: dict[str, dict[str, float]] = {
     "denoised": dict(
-        steps=100, batch=2, lr=2e-3, guidance=2.0, denoised=1.0, denoised_tokens=0.3, hsc=0.2
+        steps=100, batch=2, lr=2e-3, guidance=2.5, denoised=1.0, denoised_tokens=0.3, hsc=0.2
     ),
     "gca3d": dict(lr=2e-3, guidance=3.0, delta=0.5, dsds=1.0, hsc=0.05),
     "sds": dict(lr=3e-3, guidance=1.5, dsds=1.0),

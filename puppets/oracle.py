@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -37,6 +38,9 @@ from puppets.heads import Z_DIM, identity, render
 from render import load_run
 
 ORACLE = Path("checkpoints/puppets/oracle.safetensors")
+# Numbers of a latent that people name, and so may take over from a reference picture.
+ATTRIBUTES = {"brow": 11, "hair_length": 14, "skin": 15}
+REFERENCE_SEED = 4242  # Of the head in the reference pictures (docs/reference-*.png).
 SIZE = 128  # Height and width of the pictures it reads, pixels.
 BATCH = 48
 
@@ -131,8 +135,9 @@ def score_run(
 
     Returns:
         `oracle_target`, the domain that the truth is drawn in; what `judge` returns, without `fid`
-        and `kid` if the row has those of other pictures; of a prompt such as "a person with green
-        hair", what `compare_edit` returns.
+        and `kid` if the row has those of other pictures; what `flips` returns, of the run's picture
+        or, without one, of this repository's; of a prompt such as "a person with green hair", what
+        `compare_edit` returns.
 
     Raises:
         ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
@@ -157,6 +162,8 @@ def score_run(
     scores = judge(oracle, clip, adapted, source, truth, domain, cfg)
     if "real" in row:
         scores = {name: score for name, score in scores.items() if name not in ("fid", "kid")}
+    people = people_read(oracle, adapted.image.clamp(-1, 1))
+    scores |= flips(people, source.views.z, reference_identity(ckpt, settings, oracle))
     if hair:
         c = CAMERAS.label(*source.views.angles.T)
         region = edited_region(truth.image, draw_truth(source.views.z, c, domain)[0])
@@ -242,6 +249,38 @@ def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
 def target_hair(settings: dict) -> str | None:
     """Return the odd colour of hair that a prompt asks for, a key of ODD_HAIR."""
     return next((hair for hair in ODD_HAIR if f"{hair} hair" in (settings["prompt"] or "")), None)
+
+
+def reference_identity(ckpt: Path, settings: dict, oracle: Oracle) -> Tensor:
+    """Return who is in a run's reference picture or, without one, in this repository's, [16]."""
+    if settings["image"]:
+        picture = to_image(read_picture(min(ckpt.glob("reference*.png"))))
+        picture = F.interpolate(picture, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return people_read(oracle, picture)[0]
+    z = np.random.RandomState(REFERENCE_SEED).randn(1, Z_DIM)
+    return identity(torch.from_numpy(z).float())[0]
+
+
+def flips(people: Tensor, z: Tensor, reference: Tensor) -> dict[str, float]:
+    """Count heads that took over what a reference picture happens to show: the identity bias.
+
+    Args:
+        people: Identities read off the adapted pictures, [N, 16].
+        z: Their latents, [N, 16].
+        reference: Identity of the reference, [16].
+
+    Returns:
+        `oracle_flips`, the mean over ATTRIBUTES of the share of heads read as on the reference's
+        side of the middle, among those whose latent is on the other; attributes that nobody has
+        otherwise are left out. What the oracle misreads counts too: compare with a run from words.
+    """
+    shares = []
+    for number in ATTRIBUTES.values():
+        side = reference[number] > 0
+        others = (z[:, number] > 0) != side
+        if others.any():
+            shares.append(((people[others, number] > 0) == side).float().mean().item())
+    return {"oracle_flips": sum(shares) / len(shares)} if shares else {}
 
 
 def draw_truth(z: Tensor, c: Tensor, domain: str, hair: str | None = None) -> tuple[Tensor, Tensor]:
@@ -347,8 +386,17 @@ def features(oracle: Oracle, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def people_read(oracle: Oracle, images: Tensor) -> Tensor:
+    """Return the identities read off pictures [N, 3, 128, 128], [N, 16]."""
+    return torch.cat([oracle(part)[1] for part in images.split(BATCH)])
+
+
+@torch.no_grad()
 def read(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -> dict[str, float]:
-    """Return how well pictures show their latents `id`, cameras `pose_deg` and the `domain`."""
+    """Return how well pictures show their latents `id`, cameras `pose_deg` and the `domain`.
+
+    And `yaw_deg`, the mean turn to the side, signed: what all pictures share of a reference's pose.
+    """
     parts = [oracle(part) for part in images.split(BATCH)]
     logits, people, cameras = (torch.cat(x) for x in zip(*parts, strict=True))
     named = logits.argmax(1) == DOMAIN_NAMES.index(domain)
@@ -356,7 +404,13 @@ def read(oracle: Oracle, images: Tensor, z: Tensor, c: Tensor, domain: str) -> d
         "id": F.cosine_similarity(people, z).mean().item(),
         "pose_deg": angle_deg(cameras, camera_direction(c)).mean().item(),
         "domain": named.float().mean().item(),
+        "yaw_deg": (yaw_deg(cameras) - yaw_deg(camera_direction(c))).mean().item(),
     }
+
+
+def yaw_deg(direction: Tensor) -> Tensor:
+    """Return the yaw of unit vectors [N, 3] from the origin to cameras, degrees, [N]."""
+    return torch.rad2deg(torch.atan2(direction[:, 0], direction[:, 2]))
 
 
 def camera_direction(c: Tensor) -> Tensor:

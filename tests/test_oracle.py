@@ -1,6 +1,7 @@
 """The oracle: what it adds to a row of eval.py, and that the truth scores perfectly."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_true_pictures_score_perfectly():
     z, c = people(1)
     truth, _, mask = heads.render(z, c, "bronze")
     scores = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, mask, z, c, "bronze")
-    expected = {"id": 1, "pose_deg": 0, "domain": 1}
+    expected = {"id": 1, "pose_deg": 0, "domain": 1, "yaw_deg": 0}
     expected = {f"oracle_{name}": value for name, value in expected.items()}
     expected |= {f"true_{name}": value for name, value in expected.items()}
     expected |= {"oracle_l1": 0, "oracle_head_l1": 0, "oracle_background_l1": 0}
@@ -103,6 +104,30 @@ def test_head_and_background_are_compared_apart():
     share = inside.float().mean().item()
     parts = share * beside["oracle_head_l1"] + (1 - share) * beside["oracle_background_l1"]
     assert beside["oracle_l1"] == pytest.approx(parts, abs=1e-4)
+
+
+def test_a_turn_that_all_heads_share_is_signed():
+    z, _ = people(3)
+    yaw = torch.tensor([-0.3, 0.0, 0.4])
+    c, turned = (CAMERAS.label(yaw + turn, torch.zeros(3)) for turn in (0.0, 0.1))
+    truth, _, mask = heads.render(z, c, "bronze", size=oracle.SIZE)
+    eye = TrueOracle(z, turned, "bronze")
+    scores = oracle.compare(eye, truth, truth, mask, z, c, "bronze")
+    assert abs(scores["oracle_yaw_deg"]) == pytest.approx(math.degrees(0.1), abs=0.01)
+    back = oracle.compare(TrueOracle(z, c, "bronze"), truth, truth, mask, z, turned, "bronze")
+    assert back["oracle_yaw_deg"] == pytest.approx(-scores["oracle_yaw_deg"], abs=0.01)
+
+
+def test_flips_are_those_of_heads_that_were_otherwise():
+    z = torch.ones(4, heads.Z_DIM)
+    z[2:] = -1
+    reference = torch.ones(heads.Z_DIM)
+    assert oracle.flips(z, z, reference) == {"oracle_flips": 0}
+    assert oracle.flips(torch.ones_like(z), z, reference) == {"oracle_flips": 1}
+    half = z.clone()
+    half[2] = 1
+    assert oracle.flips(half, z, reference) == {"oracle_flips": 0.5}
+    assert oracle.flips(half, z.abs(), reference) == {}
 
 
 def test_silhouettes_are_compared_at_the_size_of_the_truth():
