@@ -124,6 +124,7 @@ GROUPS = {
     "words": Group(
         "Methods, from a prompt",
         {
+            OURS: {"method": "denoised"},
             GCA3D: {},
             PAPERS: {"delta": 0.0},
             "SDS": {"method": "sds"},
