@@ -336,10 +336,8 @@ TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items(
 NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
-# What a picture without words changes: the source's own would outweigh it, so noise replaces it.
-PICTURES: dict[str, dict[str, Any]] = {
-    "denoised": {"guidance": 3.0, "targets": {"inverted": False, "level": 0.9}}
-}
+# How targets begin from a picture without words, which the source's own picture would outweigh.
+FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}
 
 
 def _defaults(
@@ -356,9 +354,8 @@ def _defaults(
     row = BASES[base] | METHODS[method] | NUMBERS[base][method]
     row |= EDITS.get(method, {}) if edit else {}
     targets = row.pop("targets", Targets())
-    if image and not prompt and method in PICTURES:
-        row |= PICTURES[method]
-        targets = dataclasses.replace(targets, **row.pop("targets"))
+    if image and not prompt:
+        targets = dataclasses.replace(targets, **FROM_PICTURE)
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
     if not image:
         weights["target"] = 0.0  # Words have no tokens to compare with.
