@@ -417,8 +417,8 @@ def hsc(images: Tensor, now: terms.Moment) -> None:
 
 @torch.no_grad()
 def paint(now: terms.Moment) -> Tensor:
-    """Let the prior paint the source's pictures: invert, denoise, decode."""
-    return now.guides.paint(now.source.outputs, now.source.view("latents"))
+    """Let the prior paint the source's pictures: encode, invert, denoise, decode."""
+    return terms.Seen(now.guides, now.source.outputs).painted.view("image")
 
 
 def step(run: train.Run, numbers: Iterator[int]) -> dict[str, float]:
