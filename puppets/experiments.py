@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ from tqdm import tqdm
 import bench
 import eval as evaluation
 import train
-from config import EDITS, METHODS
+from config import METHODS
 from files.generators import load_generator
 from harness.cli import run_cli
 from harness.measure import stopwatch
@@ -42,17 +40,26 @@ from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
 from puppets.heads import Z_DIM
 from puppets.heads import render as draw_truth
+from puppets.plan import (
+    DOCS,
+    GROUPS,
+    LIMITS,
+    OURS,
+    RUNS,
+    TABLE,
+    YAWS,
+    Group,
+    command,
+    limit_plan,
+    plan,
+    reference,
+    run_name,
+    slug,
+)
 from render import PITCH, orbit, seed_to_subject, views
 
-RUNS = Path("runs/experiments")
-DOCS = Path("docs")
 SOURCE = "checkpoints/puppets/generator.safetensors"
-TABLE = ("bronze", "clown", *HELD_OUT[:4])  # The first two were tuned on.
-COMPARED = ("clown", "devil", "robot")  # In the ablations: one that was tuned on, two held out.
 PICTURED = ("bronze", "alien", "devil", "elf")  # In the figure of reference pictures.
-OURS = "Denoised targets"
-GCA3D, PAPERS = "GCA-3D", "GCA-3D without delta"  # With delta, which is ours, and without.
-COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
 COLUMNS = {  # Scores in the tables, and how they are called there.
     "oracle_head_l1": "L1 on the head ↓",
     "oracle_kid": "oracle KID ↓",
@@ -79,7 +86,6 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
 }
 TURNING = ("bronze", "zombie", "clown", "alien", "robot", "devil", "marble")  # Beside the source.
 TURNING_FRAMES = 48
-MOST_SEEDS = 4
 LABEL_HEIGHT = 22  # Above the columns [px].
 HEADING = """# Results on the embedded world
 
@@ -103,124 +109,6 @@ trained on true pictures. The truth helps all of them but the second and the thi
 FIGURE_SEEDS, SIDES = (3, 14, 15, 92, 65, 35), (0.35, -0.35)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that are compared in one table, on the same domains and seeds."""
-
-    title: str
-    rows: dict[str, dict]  # Options of train.py by the row's label.
-    domains: tuple[str, ...]
-    seeds: tuple[int, ...]
-    told_by: Literal["words", "picture", "edit"] = "words"  # What tells the domain.
-    method: str = "gca3d"  # Of the rows that name none.
-
-
-GROUPS = {
-    "targets": Group(
-        "Denoised targets, from a prompt",
-        {OURS: {}},
-        HELD_OUT,
-        tuple(range(MOST_SEEDS)),
-        method="denoised",
-    ),
-    "words": Group(
-        "Methods, from a prompt",
-        {
-            OURS: {"method": "denoised"},
-            GCA3D: {},
-            PAPERS: {"delta": 0.0},
-            "SDS": {"method": "sds"},
-            "StyleGAN-Fusion": {"method": "stylegan-fusion"},
-            "StyleGAN-Fusion, lr 0.002": {"method": "stylegan-fusion", "lr": 2e-3},
-            "DiffusionGAN3D": {"method": "diffusiongan3d"},
-            "DiffusionGAN3D, distance 0.2": {
-                "method": "diffusiongan3d",
-                "weights": {"distance": 0.2},
-            },
-            "StyleGAN-NADA": {"method": "nada"},
-        },
-        TABLE,
-        (0, 1),
-    ),
-    "pictures": Group(
-        "Methods, from one picture",
-        {GCA3D: {}, "3D-Adapter": {"method": "3d-adapter"}},
-        TABLE,
-        (0, 1),
-        "picture",
-    ),
-    "minutes": Group(
-        "Methods, from a prompt, in about the minutes of 50 steps of GCA-3D",
-        {
-            GCA3D: {},
-            "SDS, 67 steps": {"method": "sds", "steps": 67},
-            "StyleGAN-Fusion": {"method": "stylegan-fusion"},  # Its steps cost as much.
-            "DiffusionGAN3D, 54 steps": {"method": "diffusiongan3d", "steps": 54},
-            "StyleGAN-NADA, 79 steps": {"method": "nada", "steps": 79},
-        },
-        HELD_OUT[:4],
-        (0,),
-    ),
-    "minutes-pictures": Group(
-        "Methods, from one picture, in about the minutes of 50 steps of GCA-3D",
-        {GCA3D: {}, "3D-Adapter, 117 steps": {"method": "3d-adapter", "steps": 117}},
-        HELD_OUT[:4],
-        (0,),
-        "picture",
-    ),
-    "parts": Group(
-        "What each part and setting does (HSC coarse, fine: the levels of its first, last step)",
-        {
-            GCA3D: {},
-            "without depth": {"depth_scale": 0.0},
-            "without mask": {"mask": False},
-            "without HSC": {"weights": {"hsc": 0.0}},
-            PAPERS: {"delta": 0.0},
-            "SDS alone": {"method": "sds", "guidance": 3.0, "lr": 2e-3},  # As GCA-3D has them.
-            "one HSC level": {"hsc_levels": (MIDDLE, MIDDLE)},
-            "HSC coarse": {"hsc_levels": (COARSE, COARSE)},
-            "HSC fine": {"hsc_levels": (FINE, FINE)},
-            "lambda / 4": {"weights": {"hsc": 0.0125}},
-            "lambda x 4": {"weights": {"hsc": 0.2}},
-            "guidance 1.5": {"guidance": 1.5},
-            "guidance 7.5": {"guidance": 7.5},
-            "t below 0.5": {"t_range": (0.02, 0.5)},
-            "t above 0.5": {"t_range": (0.5, 0.98)},
-            "t annealed": {"t_end": 0.5},
-            "learns biases too": {"learns": (r"(backbone\.synthesis|superresolution)\..*",)},
-            "learns planes alone": {"learns": (r"backbone\.synthesis\..*\.weight",)},
-            "batch 2": {"batch": 2},
-            "batch 8": {"batch": 8},
-        },
-        COMPARED,
-        (0,),
-    ),
-    "edits": Group(
-        "Local edits",
-        {
-            "DiffusionGAN3D": {"method": "diffusiongan3d", "guidance": 7.5},
-            "without reconstruction": {
-                "method": "diffusiongan3d",
-                "guidance": 7.5,
-                "weights": {"keep": 0.0},
-            },
-            GCA3D: {},
-        },
-        tuple(ODD_HAIR),
-        (0,),
-        "edit",
-    ),
-    "gallery": Group("Other domains", {GCA3D: {}}, ("zombie", "alien", "wood", "sketch"), (0,)),
-    "gallery-pictures": Group(
-        "Other domains, from one picture", {GCA3D: {}}, ("alien",), (0,), "picture"
-    ),
-}
-
-
-# What the tables are held against, and how long a generator is trained on true pictures.
-LIMITS = (*limits.KINDS, *(f"supervised, {steps} steps" for steps in (50, 400)))
-
-
 @dataclass
 class Config:
     """Options of puppets.experiments."""
@@ -238,7 +126,8 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     DOCS.mkdir(exist_ok=True)
     for domain in {*TABLE, *PICTURED}:
-        draw_reference(domain)
+        for yaw in (None, *YAWS.values()):
+            draw_reference(domain, yaw)
     eye, sources, truths = oracle.load_oracle(), {}, {}
     settings = evaluation.Config(ckpt=(), samples=cfg.samples)
     names = [name for name in (*plan(), *limit_plan()) if re.search(cfg.only, name)]
@@ -277,62 +166,6 @@ def score(
         evaluation.add_row(DOCS / "results.json", name, row)
 
 
-def plan() -> dict[str, dict]:
-    """Return every run's options for train.py, by the run's name; groups may share runs."""
-    return {
-        run_name(group, label, domain, seed): {"method": group.method}
-        | options
-        | target(group, options, domain)
-        | {"seed": seed}
-        for seed in range(MOST_SEEDS)  # First everything once.
-        for group in GROUPS.values()
-        if seed in group.seeds
-        for domain in group.domains
-        for label, options in group.rows.items()
-    }
-
-
-def limit_plan() -> dict[str, tuple[str, str]]:
-    """Return the kind and the domain of every ceiling and floor, by the name of its row."""
-    kinds = [(kind, domain) for domain in HELD_OUT for kind in LIMITS]
-    return {f"{slug(kind)}-{domain}-s0": (kind, domain) for kind, domain in kinds}
-
-
-def run_name(group: Group, label: str, domain: str, seed: int) -> str:
-    """Return a run's name: label-domain-s<seed>."""
-    told_by = "" if group.told_by == "words" else f"-{group.told_by}"
-    return f"{slug(label)}{told_by}-{domain}-s{seed}"
-
-
-def slug(label: str) -> str:
-    """Return a label as a part of a file's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower())
-
-
-def target(group: Group, options: dict, domain: str) -> dict:
-    """Return the option that tells the domain or, of an edit, the colour of the hair."""
-    if group.told_by == "picture":
-        return {"image": DOCS / f"reference-{domain}.png"}
-    if group.told_by == "edit":
-        local = options.get("method", group.method) in EDITS
-        return {"edit" if local else "prompt": f"a person with {domain} hair"}
-    return {"prompt": DOMAINS[domain].phrases[0]}
-
-
-def command(name: str, options: dict) -> str:
-    """Return the command line of a run."""
-    words = ["python", "train.py"]
-    for option, value in (options | {"out": RUNS / name}).items():
-        flag = f"--{option.replace('_', '-')}"
-        if value is False:
-            words.append(f"--no-{flag[2:]}")
-            continue
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        for part, values in parts:  # Weights have a flag each.
-            words += [f"{flag}.{part}".rstrip("."), *np.ravel(np.array(values, object)).astype(str)]
-    return shlex.join(words)
-
-
 def read_scores() -> dict[str, Row]:
     """Return the rows of all runs that have been scored."""
     return evaluation.read_rows(DOCS / "results.json")
@@ -352,12 +185,13 @@ def measure_costs() -> None:
     write_text(DOCS / "costs.json", json.dumps(costs, indent=2) + "\n")
 
 
-def draw_reference(domain: str) -> None:
+def draw_reference(domain: str, yaw: float | None = None) -> None:
     """Draw the picture that stands for a domain: one head that no training has seen."""
-    path = DOCS / f"reference-{domain}.png"
+    path = reference(domain, yaw)
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         z = torch.from_numpy(np.random.RandomState(oracle.REFERENCE_SEED).randn(1, Z_DIM)).float()
-        c = CAMERAS.label(torch.tensor([0.25]), torch.tensor([-0.1]))
+        c = CAMERAS.label(torch.tensor([0.25 if yaw is None else yaw]), torch.tensor([-0.1]))
         save_image(Image.fromarray(to_uint8(draw_truth(z, c, domain, size=256)[0])[0]), path)
 
 
@@ -368,7 +202,7 @@ def write_tables(scores: dict[str, Row]) -> None:
         held_out = tuple(domain for domain in group.domains if domain in HELD_OUT)
         for domains in dict.fromkeys(filter(None, (held_out, group.domains))):
             table = table_of_means(group, domains, scores)
-            if len(table) > 2 + (group.method == "gca3d"):  # More than one row to compare.
+            if len(table) > 2 + (group is not GROUPS["targets"]):  # More than one row to compare.
                 lines += ["", f"## {group.title}: means over {', '.join(domains)}", "", *table]
     if len(table := table_of_limits(scores)) > 2:
         lines += ["", f"## Ceilings and floors: means over {', '.join(HELD_OUT)}", ""]

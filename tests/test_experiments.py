@@ -13,7 +13,7 @@ import eval as evaluation
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY
-from puppets import experiments
+from puppets import experiments, plan
 from puppets.domains import HELD_OUT
 
 
@@ -40,7 +40,25 @@ def docs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_plan_covers_every_held_out_domain_and_method():
+@pytest.fixture
+def references(tmp_path, monkeypatch):
+    """Pictures that only the experiments draw."""
+    for module in (plan, experiments):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "experiments")
+    for domain in plan.GROUPS["poses"].domains:
+        for yaw in plan.YAWS.values():
+            experiments.draw_reference(domain, yaw)
+
+
+def test_runs_of_one_name_have_the_same_options():
+    options = {}
+    for group in plan.GROUPS.values():
+        for label, row in group.rows.items():
+            name, settled = plan.run_name(group, label, "x", 0), {"method": group.method} | row
+            assert options.setdefault(name, settled) == settled
+
+
+def test_plan_covers_every_held_out_domain_and_method(references):
     runs = experiments.plan()
     words, parts = experiments.GROUPS["words"], experiments.GROUPS["parts"]
     assert set(experiments.GROUPS["targets"].domains) == set(HELD_OUT)
@@ -63,7 +81,7 @@ def test_steps_at_equal_minutes_follow_from_what_a_step_costs():
             assert steps * cost == pytest.approx(50 * costs["gca3d"], rel=0.2)
 
 
-def test_commands_in_the_tables_are_those_of_the_plan():
+def test_commands_in_the_tables_are_those_of_the_plan(references):
     for name, options in experiments.plan().items():
         argv = shlex.split(experiments.command(name, options))[2:]
         planned = train.Config(**{"out": experiments.RUNS / name} | options)
@@ -116,7 +134,7 @@ def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
     monkeypatch.setattr(experiments.evaluation, "score_run", score_run)
     monkeypatch.setattr(experiments.oracle, "load_oracle", lambda: None)
     monkeypatch.setattr(experiments.oracle, "score_run", lambda *_: {"oracle_l1": 0.1})
-    monkeypatch.setattr(experiments, "draw_reference", lambda _: None)
+    monkeypatch.setattr(experiments, "draw_reference", lambda *_: None)
     for name in ("draw_figures", "draw_orbit"):
         monkeypatch.setattr(experiments, name, lambda: None)
     for samples, trained in ((8, "a"), (8, "a"), (16, "a"), (16, "b")):
