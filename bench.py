@@ -38,7 +38,7 @@ from harness.devices import peak_gb, pick_device
 from harness.measure import commit, count, cpu_name, stopwatch
 from harness.run_folder import locate
 from harness.store import write_text
-from models.diffusion import Condition, DiffusionPrior, depth_condition
+from models.diffusion import Condition, DiffusionPrior
 from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures, TokenFeatures
 from models.full_size import random_clip, random_prior, random_vit
@@ -315,8 +315,8 @@ class World:
     @cached_property
     def controlnet_inputs(self) -> tuple[Tensor, ...]:
         """Latents, times, text and depth of one batch for both halves of guidance."""
-        source, size = self.now.source.outputs, self.prior.image_size
-        depth = depth_condition(source["image_depth"], source["mask"], size)
+        source = self.now.source.outputs
+        depth = self.prior.depth_condition(source["image_depth"], source["mask"])
         text = self.condition.text.repeat_interleave(len(depth), 0)  # [2B, L, D]
         latents, depth = (x.repeat(2, 1, 1, 1) for x in (self.now.noise[0], depth))
         latents, text, depth = (x.to(self.prior.controlnet.dtype) for x in (latents, text, depth))

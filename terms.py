@@ -37,7 +37,7 @@ from losses import (
     structure_loss,
     target_loss,
 )
-from models.diffusion import Condition, DiffusionPrior, depth_condition
+from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from models.fingerprints import fingerprint, fingerprint_generator
 from models.generator import Generator, Outputs
@@ -211,7 +211,7 @@ class Guides:
         """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
         if not self.cfg.depth_scale:
             return None
-        return depth_condition(source["image_depth"], source["mask"], self.prior.image_size)
+        return self.prior.depth_condition(source["image_depth"], source["mask"])
 
     @torch.no_grad()
     def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ from models.stable_diffusion import check_fit, load_parts
 from models.vae import cell_size, encode
 from models.weight_files import weight_files
 
+# Where the scale of depth ends on Stable Diffusion, untried: ears and hair stay well above the
+# background's 0, and stray points are cut off.
+PHOTO_FAR, PHOTO_OUTLIERS = 0.5, 0.02
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -66,7 +70,8 @@ class DiffusionPrior:
         alphas_cumprod: Signal's share of the variance at each time step, [T], float32.
         vae_scale_factor: Pixels per latent cell and axis.
         image_size: Height and width of the images it was trained on, pixels.
-        vocabulary: The words the prior knows, {"words": [...], ...}, or None if not declared.
+        vocabulary: The words the prior knows, {"words": [...], ...}, or None if not declared. Its
+            "depth_far" is the far end of the depth condition that the ControlNet has learnt.
     """
 
     def __init__(
@@ -342,6 +347,16 @@ class DiffusionPrior:
             output = abar.sqrt() * output + (1 - abar).sqrt() * latents_t.float()
         return output
 
+    def depth_condition(self, depth: Tensor, mask: Tensor) -> Tensor:
+        """Return rendered depth as this prior takes it; see `depth_condition`.
+
+        Stable Diffusion's ControlNets have learnt from whole photographs, where a head and what is
+        far behind it share the scale, and from estimates without stray points.
+        """
+        if self.vocabulary is not None and "depth_far" in self.vocabulary:
+            return depth_condition(depth, mask, self.image_size, self.vocabulary["depth_far"])
+        return depth_condition(depth, mask, self.image_size, PHOTO_FAR, PHOTO_OUTLIERS)
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that are not in the declared vocabulary, if there is one."""
         if self.vocabulary is None:
@@ -382,25 +397,32 @@ class DiffusionPrior:
 
 
 @torch.no_grad()
-def depth_condition(depth: Tensor, mask: Tensor, size: int) -> Tensor:
+def depth_condition(
+    depth: Tensor, mask: Tensor, size: int, far: float = 0.1, outliers: float = 0.0
+) -> Tensor:
     """Turn rendered depth into what depth ControlNets are trained on: disparity, near = bright.
 
-    Inverse depth is scaled to [0.1, 1] over each image's foreground, nearest point 1; the
+    Inverse depth is scaled to [far, 1] over each image's foreground, nearest point 1; the
     background is 0. An image without foreground is all 0.
 
     Args:
         depth: Distance along the ray, [B, 1, n, n]; ignored outside the mask.
         mask: Foreground where above 0.5, [B, 1, n, n].
         size: Height and width of the result, pixels.
+        far: Value of the foreground's farthest point, in (0, 1).
+        outliers: Share of the foreground beyond either end of the scale, which is clamped to it.
 
     Returns:
         [B, 3, size, size] in [0, 1].
     """
     foreground = mask > 0.5
     inverse = 1 / depth.float()
-    near = inverse.where(foreground, inverse.new_tensor(-torch.inf)).amax((2, 3), keepdim=True)
-    far = inverse.where(foreground, inverse.new_tensor(torch.inf)).amin((2, 3), keepdim=True)
-    scaled = 1 - 0.9 * (near - inverse) / (near - far).clamp_min(1e-8)
+    ends = inverse.new_tensor([outliers, 1 - outliers])
+    heads = [image[inside] for image, inside in zip(inverse, foreground, strict=True)]
+    ranges = [head.quantile(ends) if head.numel() else ends for head in heads]
+    farthest, nearest = torch.stack(ranges).view(-1, 2, 1, 1, 1).unbind(1)  # [B, 1, 1, 1]
+    scaled = 1 - (1 - far) * (nearest - inverse) / (nearest - farthest).clamp_min(1e-8)
+    scaled = scaled.clamp(far, 1)
     scaled = scaled.where(foreground, scaled.new_zeros(()))  # [B, 1, n, n]
     resized = F.interpolate(scaled, (size, size), mode="bilinear", antialias=True)
     return resized.expand(-1, 3, -1, -1)  # [B, 3, size, size]

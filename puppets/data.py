@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
     words = sorted({w for s in load(keys=("caption",))["caption"] for w in str(s).split()})
     domains = {name: spec.phrases[0] for name, spec in DOMAINS.items()}
     (ROOT / "vocabulary.json").write_text(
-        json.dumps({"words": words, "domains": domains}, indent=1)
+        json.dumps({"words": words, "domains": domains, "depth_far": 0.1}, indent=1)
     )
 
 

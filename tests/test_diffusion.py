@@ -319,6 +319,28 @@ def test_depth_condition_scales_every_image_by_itself_and_ignores_the_background
     assert (condition[mask.expand_as(condition) == 0] == 0).all()
 
 
+def test_depth_condition_has_the_far_end_and_the_outliers_asked_for():
+    depth = 1 / torch.linspace(0.2, 1.2, 101).view(1, 1, 1, 101)
+    depth[..., 50] = 1e4  # Stray points.
+    condition = depth_condition(depth, torch.ones_like(depth), 101, far=0.5, outliers=0.02)
+    row = condition[0, 0, 0]  # Resized to a square, each row as it was.
+    assert row[50] == 0.5 and row[0] == 0.5 and row[100] == 1  # Clamped to the ends.
+    # The disparities of ranks 2 and 98 of 0 to 100 are the ends; the stray point has the lowest.
+    inverse = (1 / depth).flatten().sort().values
+    expected = 0.5 + 0.5 * (inverse[60] - inverse[2]) / (inverse[98] - inverse[2])
+    torch.testing.assert_close(row[60], expected)
+
+
+def test_a_prior_says_how_far_the_depth_reaches_that_its_controlnet_learnt(prior, monkeypatch):
+    depth, mask = torch.rand(1, 1, 16, 16) + 2, torch.ones(1, 1, 16, 16)
+    size = prior.image_size
+    monkeypatch.setattr(prior, "vocabulary", {"words": [], "depth_far": 0.1})
+    assert torch.equal(prior.depth_condition(depth, mask), depth_condition(depth, mask, size))
+    monkeypatch.setattr(prior, "vocabulary", None)
+    photo = prior.depth_condition(depth, mask)
+    assert torch.equal(photo, depth_condition(depth, mask, size, 0.5, 0.02)) and photo.min() >= 0.5
+
+
 def test_depth_condition_without_foreground_is_black_and_of_one_distance_is_white():
     depth = torch.full((2, 1, 4, 4), 2.7)
     mask = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)

@@ -131,14 +131,14 @@ def test_dsds_sees_depth_and_mask_where_they_are_on(monkeypatch, tmp_path, chang
 
 def test_depth_condition_shows_a_foreground(monkeypatch, tmp_path):
     conditions = []
-    condition = terms.depth_condition
+    condition = terms.DiffusionPrior.depth_condition
 
-    def spy(depth, mask, size):
+    def spy(prior, depth, mask):
         assert (mask > 0.5).any() and (mask < 0.5).any()
-        conditions.append(condition(depth, mask, size))
+        conditions.append(condition(prior, depth, mask))
         return conditions[-1]
 
-    monkeypatch.setattr(terms, "depth_condition", spy)
+    monkeypatch.setattr(terms.DiffusionPrior, "depth_condition", spy)
     run(tmp_path, steps=2)
     assert len(conditions) == 2
     assert all(shown.amax((1, 2, 3)).min() > 0.5 for shown in conditions)
