@@ -34,7 +34,7 @@ import train
 from files.generators import load_generator
 from files.official import RELEASED, released_arguments, with_foreground
 from harness.cli import run_cli
-from harness.devices import peak_gb, pick_device
+from harness.devices import flush_denormals, peak_gb, pick_device
 from harness.measure import commit, count, cpu_name, stopwatch
 from harness.run_folder import locate
 from harness.store import write_text
@@ -196,6 +196,7 @@ class World:
         """Take settled options; `random` networks are of full size, whatever `cfg` names."""
         self.cfg, self.device, self.random = cfg, device, random
         self.numbers = itertools.count(1)  # Numbers of the steps.
+        flush_denormals()  # As train.py does.
 
     def call(self, part: Callable[..., object]) -> Callable[[], object]:
         """Return a part as a call without arguments: each gets what here has its name."""

@@ -338,8 +338,9 @@ TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items(
 NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
-# How targets begin from a picture without words, which the source's own picture would outweigh.
-FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}
+# Where targets begin from a picture without words, which the source's own picture would outweigh,
+# and the puppets' guidance towards it.
+PICTURE_LEVEL, PICTURE_GUIDANCE = 0.98, 4.0
 
 
 def _defaults(
@@ -357,7 +358,9 @@ def _defaults(
     row |= EDITS.get(method, {}) if edit else {}
     targets = row.pop("targets", Targets())
     if image and not prompt:
-        targets = dataclasses.replace(targets, **FROM_PICTURE)
+        targets = dataclasses.replace(targets, level=PICTURE_LEVEL)
+        if (base, method) == ("puppets", "denoised"):
+            row["guidance"] = PICTURE_GUIDANCE
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
     if not image:
         weights["target"] = 0.0  # Words have no tokens to compare with.

@@ -40,7 +40,7 @@ from files.generators import load_generator, save_generator
 from harness import ranks
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.cli import is_first, options_settled, stop_requests
-from harness.devices import keep_freed_memory, peak_gb, pick_device
+from harness.devices import flush_denormals, keep_freed_memory, peak_gb, pick_device
 from harness.pictures import image_grid, save_image, save_pictures, to_image
 from harness.run_folder import (
     claim_run,
@@ -104,6 +104,7 @@ def main(cfg: Config) -> None:
 
 def adapt(cfg: Config) -> None:
     """Do what `main` promises, with nobody else in the run folder."""
+    flush_denormals()
     keep_freed_memory()
     state = load_checkpoint(cfg.out)
     if is_finished(cfg.out, cfg.steps, state):

@@ -42,6 +42,15 @@ def peak_gb(device: torch.device) -> float:
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # Bytes on a Mac, else kilobytes.
 
 
+def flush_denormals() -> None:
+    """Let the CPU take numbers below 1e-38 for 0, in this thread and those that it starts from now.
+
+    The gradients of samples that hardly show are that small, and a CPU computes with them a hundred
+    times as slowly: they made steps of GCA-3D on puppets 1.7 times as long.
+    """
+    torch.set_flush_denormal(True)
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what a step frees for the next one, instead of giving it back to the system.
 

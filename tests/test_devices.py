@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import devices
-from harness.devices import keep_freed_memory, peak_gb, pick_device
+from harness.devices import flush_denormals, keep_freed_memory, peak_gb, pick_device
 
 
 @pytest.fixture
@@ -32,6 +32,16 @@ def test_malloc_s_own_variables_win(calls, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     keep_freed_memory()
     assert calls == []
+
+
+def test_numbers_that_are_slow_to_compute_with_count_as_zero():
+    tiny = torch.full((64,), 1e-30)
+    try:
+        flush_denormals()
+        assert (tiny * 1e-10 == 0).all()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (tiny * 1e-10 != 0).all()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
