@@ -285,7 +285,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "depth_scale": 1.0,
         "mask": True,
         "momentum": 0.9,
-        "targets": Targets(steps=6, pool=17, reuse=6),
+        "targets": Targets(steps=6, pool=22, reuse=6),
     },
     "gca3d": {"learns": WEIGHTS_LEARN, "depth_scale": 1.0, "mask": True},  # arXiv:2412.15491
     "sds": {"learns": WEIGHTS_LEARN},  # Plain score distillation, GCA-3D's baseline.
@@ -301,7 +301,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # [-1, 1]. HSC's 0.1 keeps the ratio of its gradient to that of DSDS, 0.2 to 0.7 on puppets. --delta
 # would double what UNet and ControlNet cost, which there is most of a step, so it is off.
 PAPERS: dict[str, dict[str, float]] = {
-    "denoised": dict(lr=8e-4, guidance=7.5, denoised=1.0, denoised_tokens=0.3, hsc=0.2),
+    "denoised": dict(lr=8e-4, guidance=7.5, denoised=1.0, denoised_tokens=0.3, hsc=0.3),
     "gca3d": dict(lr=8e-4, guidance=25.0, dsds=1.0, hsc=0.1),
     "sds": dict(lr=8e-4, guidance=25.0, dsds=1.0),
     "stylegan-fusion": dict(
@@ -321,7 +321,7 @@ PAPERS: dict[str, dict[str, float]] = {
 # The same and how long a run takes, tuned on the puppets' small networks.
 TUNED: dict[str, dict[str, float]] = {
     "denoised": dict(
-        steps=100, batch=2, lr=2e-3, guidance=2.5, denoised=1.0, denoised_tokens=0.3, hsc=0.2
+        steps=130, batch=2, lr=2e-3, guidance=2.5, denoised=1.0, denoised_tokens=0.3, hsc=0.3
     ),
     "gca3d": dict(lr=2e-3, guidance=3.0, delta=0.5, dsds=1.0, hsc=0.05),
     "sds": dict(lr=3e-3, guidance=1.5, dsds=1.0),
@@ -338,9 +338,8 @@ TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items(
 NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
-# Where targets begin from a picture without words, which the source's own picture would outweigh,
-# and the puppets' guidance towards it.
-PICTURE_LEVEL, PICTURE_GUIDANCE = 0.98, 4.0
+# How targets begin from a picture without words, which the source's own picture would outweigh.
+FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}
 
 
 def _defaults(
@@ -358,9 +357,7 @@ def _defaults(
     row |= EDITS.get(method, {}) if edit else {}
     targets = row.pop("targets", Targets())
     if image and not prompt:
-        targets = dataclasses.replace(targets, level=PICTURE_LEVEL)
-        if (base, method) == ("puppets", "denoised"):
-            row["guidance"] = PICTURE_GUIDANCE
+        targets = dataclasses.replace(targets, **FROM_PICTURE)
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
     if not image:
         weights["target"] = 0.0  # Words have no tokens to compare with.

@@ -186,9 +186,18 @@ GROUPS = {
         (0,),
         "edit",
     ),
-    "gallery": Group("Other domains", {GCA3D: {}}, ("zombie", "alien", "wood", "sketch"), (0,)),
+    "gallery": Group(
+        "Other domains",
+        {OURS: {"method": "denoised"}, GCA3D: {}},
+        ("zombie", "alien", "wood", "sketch"),
+        (0,),
+    ),
     "gallery-pictures": Group(
-        "Other domains, from one picture", {GCA3D: {}}, ("alien",), (0,), "picture"
+        "Other domains, from one picture",
+        {OURS: {"method": "denoised"}, GCA3D: {}},
+        ("alien",),
+        (0,),
+        "picture",
     ),
 }
 

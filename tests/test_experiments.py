@@ -120,6 +120,19 @@ def test_tables_give_mean_over_domains_and_deviation_over_seeds(docs):
     assert "StyleGAN-Fusion |" not in text and "python train.py --method sds" in text
 
 
+def test_leads_are_means_of_differences_between_runs_of_a_domain_and_seed(docs):
+    scores = {}
+    for label, shift in ((plan.OURS, 0.0), (plan.GCA3D, 0.5), ("SDS", None)):
+        for number, domain in enumerate(HELD_OUT[:4]):
+            name = plan.run_name(plan.GROUPS["words"], label, domain, 0)
+            value = number * 10 + (number if shift is None else shift)
+            scores[name] = dict.fromkeys(experiments.LED, value)
+    scores[name] = {"oracle_l1": 1.0}  # Scored before there were all of them.
+    table = experiments.table_of_leads(plan.GROUPS["words"], scores)
+    assert table[2].startswith("| GCA-3D | 4 | -0.5 (-0.5 to -0.5) |")
+    assert table[3].startswith("| SDS | 3 | -1 (-2 to 0) |") and len(table) == 4
+
+
 def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
     scored = []
 
