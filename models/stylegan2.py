@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, D = w_dim.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,18 @@ from torch import Tensor, nn
 NoiseMode = Literal["const", "random", "none"]
 FP16_CLAMP = 256.0  # EG3D clamps the activations of blocks that may run in half precision.
 MAX_MAPPING_LAYERS = 64  # A guard against files; StyleGAN2 has 8, EG3D 2.
+ANY = object()  # An argument that changes nothing here.
+# Arguments of official files that have one value here.
+WIDTHS = ("embed_features", "layer_features")  # Of the mapping network: w_dim.
+FIXED_MAPPING: dict[str, Any] = {"activation": "lrelu"}
+FIXED_SYNTHESIS: dict[str, Any] = {
+    "architecture": "skip",
+    "resample_filter": [1, 3, 3, 1],
+    "use_noise": True,
+    "activation": "lrelu",
+    "fused_modconv_default": ANY,
+    "fp16_channels_last": ANY,
+}
 
 
 class FullyConnected(nn.Module):
@@ -50,7 +62,7 @@ class FullyConnected(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """z and the camera label c to the style codes ws."""
+    """z and the label c, of a camera or a class, to the style codes ws."""
 
     def __init__(
         self,
@@ -64,6 +76,8 @@ class MappingNetwork(nn.Module):
     ) -> None:
         """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`.
 
+        With a `c_dim` of 0 there are no labels.
+
         Raises:
             ValueError: there are too many or too few layers.
         """
@@ -72,15 +86,15 @@ class MappingNetwork(nn.Module):
             raise ValueError(f"num_layers must be 1 to {MAX_MAPPING_LAYERS}, got {num_layers}")
         self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
         self.register_buffer("w_avg", torch.zeros(w_dim))
-        self.embed = FullyConnected(c_dim, w_dim)
+        self.embed = FullyConnected(c_dim, w_dim) if c_dim else None
         for i in range(num_layers):
-            in_features = z_dim + w_dim if i == 0 else w_dim
+            in_features = w_dim if i else z_dim + (w_dim if c_dim else 0)
             setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, "lrelu", lr_multiplier))
 
     def forward(
         self,
         z: Tensor,
-        c: Tensor,
+        c: Tensor | None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
@@ -89,12 +103,14 @@ class MappingNetwork(nn.Module):
 
         Args:
             z: Latent codes; only their direction matters, they are scaled to unit RMS.
-            c: Camera labels that condition the identity.
+            c: Labels that condition the identity; without effect where there are none.
             truncation_psi: 1 keeps ws, 0 gives the average code w_avg.
             truncation_cutoff: Truncate only the first so many codes; None truncates all.
             update_emas: Move w_avg towards this batch's mean.
         """
-        x = torch.cat([unit_rms(z.float()), unit_rms(self.embed(c.float()))], dim=1)
+        x = unit_rms(z.float())
+        if self.embed is not None:
+            x = torch.cat([x, unit_rms(self.embed(c.float()))], dim=1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)  # [B, D]
         if update_emas:
@@ -356,7 +372,7 @@ class SynthesisNetwork(nn.Module):
         in_channels = 0
         for i, resolution in enumerate(self.resolutions):
             out_channels = min(channel_base // resolution, channel_max)
-            use_fp16 = i >= len(self.resolutions) - num_fp16_res
+            use_fp16 = i >= max(1, len(self.resolutions) - num_fp16_res)
             block = SynthesisBlock(
                 in_channels,
                 out_channels,
@@ -385,6 +401,8 @@ class SynthesisNetwork(nn.Module):
 class Generator(nn.Module):
     """StyleGAN2: mapping and synthesis network."""
 
+    synthesis_class = SynthesisNetwork
+
     def __init__(
         self,
         z_dim: int,
@@ -397,6 +415,106 @@ class Generator(nn.Module):
     ) -> None:
         """Create both networks, each from its dict of keyword arguments."""
         super().__init__()
-        self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
+        network = self.synthesis_class
+        self.synthesis = network(w_dim, img_resolution, img_channels, **synthesis_kwargs)
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, **mapping_kwargs)
+
+
+class ImageSynthesis(SynthesisNetwork):
+    """Style codes to what the scripts ask of a generator: outputs by name."""
+
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode = "const", force_fp32: bool = False
+    ) -> dict[str, Tensor]:
+        """Map ws [B, num_ws, D] to `image` [B, 3, R, R], which may leave [-1, 1]."""
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
+            raise ValueError(f"ws must be [B, {self.num_ws}, w_dim], got {list(ws.shape)}")
+        return {"image": super().forward(ws, noise_mode, force_fp32)}
+
+
+class StyleGAN2Generator(Generator):
+    """StyleGAN2 for pictures, with the keys and arguments of its official files.
+
+    `mapping(z, c, truncation_psi, truncation_cutoff)` returns ws, `synthesis(ws, noise_mode)` the
+    pictures by name, and a call does both.
+    """
+
+    synthesis_class = ImageSynthesis
+    gives = frozenset({"image"})
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        mapping_kwargs: dict[str, Any] | None = None,
+        synthesis_kwargs: dict[str, Any] | None = None,
+        **flat: Any,
+    ) -> None:
+        """Create the networks.
+
+        Args:
+            z_dim: Width of the latent code.
+            c_dim: Number of classes, 0 for none; labels are one-hot.
+            w_dim: Width of the style codes.
+            img_resolution: Size R, a power of 2.
+            img_channels: Channels of the image.
+            mapping_kwargs: `num_layers`, `lr_multiplier`, `w_avg_beta` of the mapping network.
+            synthesis_kwargs: `channel_base`, `channel_max`, `num_fp16_res` and `conv_clamp` as
+                stylegan2-ada-pytorch has them, which computes all in float32 without clamping
+                unless told otherwise.
+            flat: The same where they stand for themselves, as in the files of stylegan3, whose
+                four finest resolutions are in half precision, clamped to +-256, unless told
+                otherwise.
+
+        Raises:
+            ValueError: an argument has a value that no network here can have.
+        """
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "flat", "__class__")}
+        if synthesis_kwargs is None:
+            synthesis = {"num_fp16_res": 4, "conv_clamp": FP16_CLAMP} | flat
+        elif flat:
+            raise ValueError(f"{', '.join(flat)} must be in synthesis_kwargs or without it")
+        else:
+            synthesis = synthesis_kwargs
+        super().__init__(
+            z_dim,
+            c_dim,
+            w_dim,
+            img_resolution,
+            img_channels,
+            _without(mapping_kwargs or {}, FIXED_MAPPING | dict.fromkeys(WIDTHS, w_dim)),
+            _without(synthesis, FIXED_SYNTHESIS),
+        )
+        # Data for JSON.
+        self.init_kwargs = {k: v for k, v in (arguments | flat).items() if v is not None}
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "const",
+        force_fp32: bool = False,
+    ) -> Tensor:
+        """Map z [B, z_dim] and labels c [B, c_dim] to images [B, 3, R, R]."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode, force_fp32)["image"]
+
+
+def _without(given: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments less those that have but one value here.
+
+    Raises:
+        ValueError: one has another value.
+    """
+    for name, value in fixed.items():
+        if value is not ANY and given.get(name) not in (None, value):
+            raise ValueError(f"{name} must be {value!r}, got {given[name]!r}")
+    return {name: value for name, value in given.items() if name not in fixed}
