@@ -65,7 +65,7 @@ def test_edit_is_the_prompt_and_brings_its_presets():
 def test_what_is_given_wins_over_the_preset():
     cfg = Config(prompt="x", base="ffhq", lr=4e-3, weights={"keep": 4})
     assert (cfg.lr, cfg.steps) == (4e-3, config.BASES["ffhq"]["steps"])
-    assert cfg.weights.on() == {"denoised": 1, "denoised_tokens": 0.3, "hsc": 0.2, "keep": 4}
+    assert cfg.weights.on() == {"denoised": 1, "denoised_tokens": 0.3, "hsc": 0.3, "keep": 4}
     whole = Config(prompt="x", weights=Weights(hsc=0.5))
     assert whole.weights.on() == {"hsc": 0.5}
 
