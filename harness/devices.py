@@ -46,7 +46,7 @@ def flush_denormals() -> None:
     """Let the CPU take numbers below 1e-38 for 0, in this thread and those that it starts from now.
 
     The gradients of samples that hardly show are that small, and a CPU computes with them a hundred
-    times as slowly: they made steps of GCA-3D on puppets 1.7 times as long.
+    times as slowly: they made runs of GCA-3D on puppets 1.6 times as long.
     """
     torch.set_flush_denormal(True)
 
