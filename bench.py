@@ -33,6 +33,7 @@ import terms
 import train
 from files.generators import load_generator
 from files.official import RELEASED, released_arguments, with_foreground
+from guides import Guides, load_prior, load_vit, prior_dtype, resize
 from harness.cli import run_cli
 from harness.devices import flush_denormals, peak_gb, pick_device
 from harness.measure import commit, count, cpu_name, stopwatch
@@ -219,8 +220,8 @@ class World:
     def prior(self) -> DiffusionPrior:
         """The frozen prior."""
         if not self.random:
-            return terms.load_prior(self.cfg, self.device)
-        cfg, dtype = self.cfg, terms.prior_dtype(self.cfg, self.device)
+            return load_prior(self.cfg, self.device)
+        cfg, dtype = self.cfg, prior_dtype(self.cfg, self.device)
         prior = random_prior(
             TOKENIZER,
             self.device,
@@ -236,7 +237,7 @@ class World:
     @cached_property
     def vit(self) -> TokenFeatures:
         """The frozen ViT."""
-        return random_vit(self.device) if self.random else terms.load_vit(self.cfg, self.device)
+        return random_vit(self.device) if self.random else load_vit(self.cfg, self.device)
 
     @cached_property
     def clip(self) -> ClipFeatures:
@@ -246,9 +247,9 @@ class World:
         return ClipFeatures.from_pretrained(locate(self.cfg.clip), self.device)
 
     @cached_property
-    def guides(self) -> terms.Guides:
+    def guides(self) -> Guides:
         """The frozen networks, as the terms see them."""
-        return terms.Guides(self.cfg, self.G_src, self.clip, self.prior, self.vit)
+        return Guides(self.cfg, self.G_src, self.clip, self.prior, self.vit)
 
     @cached_property
     def run(self) -> train.Run:
@@ -298,7 +299,7 @@ class World:
     @cached_property
     def now(self) -> terms.Moment:
         """The source's renders, times and noise, half-way through a run."""
-        source = samples.draw_samples(self.G_src, self.ws, self.c, self.G_src.rays(self.c))
+        source = self.G_src.synthesis(self.ws, self.c)
         times = samples.draw_times(self.cfg, self.guides, self.cfg.steps // 2).to(self.device)
         noise = samples.draw_noise(self.cfg, self.guides).to(self.device)
         return terms.Moment(self.guides, terms.Seen(self.guides, source), times, noise, 0.5)
@@ -368,12 +369,12 @@ def generator_backward(G: Generator, ws: Tensor, c: Tensor) -> None:
 @torch.no_grad()
 def vae(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images."""
-    prior.encode_images(terms.resize(images, prior.image_size))
+    prior.encode_images(resize(images, prior.image_size))
 
 
 def vae_backward(prior: DiffusionPrior, images: Tensor) -> None:
     """Encode images and go back to them."""
-    latents = prior.encode_images(terms.resize(images, prior.image_size))
+    latents = prior.encode_images(resize(images, prior.image_size))
     torch.autograd.grad(latents.sum(), images)
 
 
@@ -494,7 +495,7 @@ def compare(world: World) -> dict[str, float] | None:
     Returns:
         Their cosine and the ratio of their lengths, means over the samples; None if it is the same.
     """
-    dtype = terms.prior_dtype(world.cfg, world.device)
+    dtype = prior_dtype(world.cfg, world.device)
     cfg = replace(world.cfg, **EXACT)
     if replace(cfg, precision=world.cfg.precision) == world.cfg and dtype == torch.float32:
         return None

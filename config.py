@@ -25,9 +25,15 @@ from harness.store import checksum
 
 # Options that name a file, a folder, a hub id or a URL.
 SOURCES = ("generator", "diffusion", "controlnet", "ip_adapter", "vae", "features", "clip")
+SCORE_DISTILLATION = ("dsds", "fusion", "fusion_clipped")  # Weights that select layers by.
 ADDITIVE = ("image", "lora", "embedding", "learns")  # Given twice, both count.
-# EG3D's generators that fit a base; NVIDIA's licence does not let others hand them out.
-EG3D_FILES = {"ffhq": "ffhqrebalanced512-128.pkl", "afhq": "afhqcats512-128.pkl"}
+# Generators that fit a base; NVIDIA's licence does not let others hand them out.
+OFFICIAL_FILES = {
+    "ffhq": "EG3D's ffhqrebalanced512-128.pkl",
+    "afhq": "EG3D's afhqcats512-128.pkl",
+    "stylegan2-ffhq": "stylegan2-ada-pytorch's ffhq.pkl",
+    "stylegan2-afhq": "stylegan2-ada-pytorch's afhqcat.pkl",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Weights:
     denoised: Weight = 0.0  # Distance to what the prior paints of the source's pictures.
     denoised_tokens: Weight = 0.0  # The same distance in a ViT's tokens.
     fusion: Weight = 0.0  # StyleGAN-Fusion's score distillation.
+    fusion_clipped: Weight = 0.0  # The same, its gradient clipped at the picture (StyleGAN2).
     score_direction: Weight = 0.0  # StyleGAN-Fusion's directional regulariser.
     score_reconstruction: Weight = 0.0  # StyleGAN-Fusion's reconstruction regulariser.
     perceptual: Weight = 0.0  # StyleGAN-Fusion's LPIPS-type distance to the source.
@@ -122,6 +129,20 @@ class Targets:
     reuse: Count = 1  # Steps that use each of them, before others take their place.
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How StyleGAN-Fusion sizes its scores, and which layers of StyleGAN2 it lets learn."""
+
+    unit: bool = True  # Scale the predictions of its score distillation to unit size.
+    unit_direction: bool = True  # Scale those of its directional regulariser to unit size.
+    divisor: Annotated[float, Within(0, 1e4, above=True)] = 100.0
+    """Divides its scores before they are clamped to +-1."""
+    clip: Annotated[float, Within(0, 1, above=True)] = 1.0
+    """Quantile of a picture's gradient beyond which score distillation's is clipped; 1: nothing."""
+    layer_before: bool = False
+    """Of each selected layer let the one before it learn, which its code does by mistake."""
+
+
 @dataclass(init=False)
 class Config:
     """Options of train.py. Those without a value here have that of the base and method."""
@@ -134,14 +155,16 @@ class Config:
     """Local edit, such as "a person with green hair", in place of a prompt (diffusiongan3d)."""
     out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
 
-    base: Literal["puppets", "ffhq", "afhq"] = "puppets"
-    """World of the generator; sets defaults. Only puppets brings a generator of its own."""
+    base: Literal["puppets", "puppets2d", "ffhq", "afhq", "stylegan2-ffhq", "stylegan2-afhq"] = (
+        "puppets"
+    )
+    """World of the generator; sets defaults. Puppets, and their pictures (2d), bring their own."""
     method: Literal[
         "denoised", "gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"
     ] = "denoised"
     """Objective, and which parameters learn; sets defaults."""
     generator: str
-    """Generator to adapt: .safetensors, EG3D's .pkl, hub id user/repo/file, URL or run folder."""
+    """Generator to adapt: .safetensors, official .pkl, hub id user/repo/file, URL or run folder."""
     diffusion: str  # Frozen prior: diffusers folder, single-file checkpoint or hub id.
     controlnet: str
     """Depth ControlNet: folder or hub id; empty: the one in the prior's own folder."""
@@ -158,6 +181,8 @@ class Config:
     batch: Annotated[int, Within(1, 1024)]  # Samples in a step.
     learns: tuple[str, ...]
     """Name patterns of the parameters that learn; several: each has an equal part of the run."""
+    select_layers: Annotated[int, Within(0)] = 0
+    """Layers that learn in a step: those whose codes score distillation moves most; 0: all."""
     seed: Annotated[int, Within(0)] = 0  # Fixes every random draw, together with the step.
     lr: Annotated[float, Within(0, 1, above=True)]  # Adam's learning rate.
     momentum: Annotated[float, Within(0, 0.999)] = 0.0
@@ -186,6 +211,7 @@ class Config:
     """Shares of HSC's levels, 4 x 4 cells, 8 x 8 and all, in the first and in the last step."""
 
     targets: Targets
+    scores: Scores
     weights: Weights
 
     save_every: Count  # Steps between checkpoints.
@@ -232,7 +258,7 @@ class Config:
 
         base, method = given.get("base", Config.base), given.get("method", Config.method)
         settled = _defaults(base, method, given["prompt"], given["edit"], given["image"])
-        for name in ("targets", "weights"):
+        for name in ("targets", "scores", "weights"):
             if isinstance(given.get(name), Mapping):
                 given[name] = dataclasses.replace(settled[name], **given[name])
         vars(self).update(settled | given)
@@ -245,9 +271,10 @@ def preset(base: str, method: str, **given: Any) -> Config:
 
 # What learns. Biases, constants and noise strengths would let every head drift alike
 # (StyleGAN-Fusion, which freezes them).
-WEIGHTS_LEARN = (r"(backbone\.synthesis|superresolution)\..*\.weight",)
-BACKBONE_LEARNS = (r"backbone\.synthesis\..*",)
-NO_TORGB_LEARNS = (r"backbone\.synthesis\.(?!.*\.torgb\.).*",)
+WEIGHTS_LEARN = (r"((backbone\.)?synthesis|superresolution)\..*\.weight",)
+BACKBONE_LEARNS = (r"(backbone\.)?synthesis\..*",)
+NO_TORGB_LEARNS = (r"(backbone\.)?synthesis\.(?!.*\.torgb\.).*",)
+LAYERS_LEARN = (r"synthesis\.b(?!4\.)\d+\.conv[01]\.(weight|affine\.weight|noise_strength)",)
 DECODER_THEN_SUPERRES = (r"decoder\..*", r"superresolution\..*\.(weight|bias)")
 
 STABLE_DIFFUSION = {
@@ -260,6 +287,8 @@ STABLE_DIFFUSION = {
     # StyleGAN-Fusion's for EG3D (arXiv:2212.04473), except the batch, which is 1 there.
     **{"steps": 5000, "batch": 4, "t_range": (0.01, 0.5), "save_every": 250, "grid_every": 250},
 }
+FACES = {"source_prompt": "a photo of a person"}
+CATS = {"source_prompt": "a photo of a cat", "steps": 2000, "t_range": (0.01, 0.3)}
 # What a base brings: its networks, and how long a run takes.
 BASES: dict[str, dict[str, Any]] = {
     "puppets": {
@@ -272,11 +301,13 @@ BASES: dict[str, dict[str, Any]] = {
         "source_prompt": "a photo of a person",
         **{"t_range": (0.02, 0.98), "save_every": 25, "grid_every": 25},
     },
-    "ffhq": STABLE_DIFFUSION | {"source_prompt": "a photo of a person"},
+    "ffhq": STABLE_DIFFUSION | FACES,
     # Cats as StyleGAN-Fusion turns them into dogs.
-    "afhq": STABLE_DIFFUSION
-    | {"source_prompt": "a photo of a cat", "steps": 2000, "t_range": (0.01, 0.3)},
+    "afhq": STABLE_DIFFUSION | CATS,
+    "stylegan2-ffhq": STABLE_DIFFUSION | FACES | {"steps": 1000},
+    "stylegan2-afhq": STABLE_DIFFUSION | CATS,
 }
+BASES["puppets2d"] = BASES["puppets"] | {"generator": "checkpoints/puppets2d/generator.safetensors"}
 # What a method is on any base: what learns, and what the prior sees of the source.
 METHODS: dict[str, dict[str, Any]] = {
     # Ours: onto what the prior paints of the source's pictures, with GCA-3D's consistency.
@@ -294,6 +325,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "nada": {"learns": BACKBONE_LEARNS},  # arXiv:2108.00946, the baseline of all these papers.
     "3d-adapter": {"learns": DECODER_THEN_SUPERRES},  # arXiv:2410.08824
 }
+# The same where generators make pictures alone: nothing has depth or a mask.
+METHODS_2D = {m: row | {"depth_scale": 0.0, "mask": False} for m, row in METHODS.items()}
+METHODS_2D["stylegan-fusion"] |= {  # As its code has it for StyleGAN2.
+    "learns": LAYERS_LEARN,
+    "scores": Scores(unit=False, unit_direction=False, divisor=1.0, clip=0.95),
+}
+METHODS_2D["nada"] |= {"learns": NO_TORGB_LEARNS}
 # Learning rate, guidance, weights. On Stable Diffusion those of the papers: StyleGAN-Fusion's are
 # for gradients summed over 64 x 64 latent cells (LPIPS * 2000 / 100), DiffusionGAN3D's are not
 # public, 3D-Adapter's are those of DoRM, by its authors. Score distillation that neither scales its
@@ -335,7 +373,27 @@ TUNED: dict[str, dict[str, float]] = {
     ),
 }
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
-NUMBERS = {"puppets": TUNED, "ffhq": PAPERS, "afhq": PAPERS}
+# In pictures nothing has planes to keep at their distance.
+PAPERS_2D = PAPERS | {
+    "stylegan-fusion": dict(
+        lr=8e-4, guidance=100.0, fusion_clipped=1.0, score_direction=1.0, perceptual=2000 / 64**2
+    ),
+    "diffusiongan3d": PAPERS["diffusiongan3d"] | {"distance": 0.0},
+}
+TUNED_2D = TUNED | {
+    "stylegan-fusion": TUNED["stylegan-fusion"]
+    | {"fusion": 0.0, "fusion_clipped": 1.0, "perceptual": 2000 / 64**2},
+    "diffusiongan3d": TUNED["diffusiongan3d"] | {"distance": 0.0},
+}
+FLAT = ("puppets2d", "stylegan2-ffhq", "stylegan2-afhq")
+NUMBERS = {
+    "puppets": TUNED,
+    "puppets2d": TUNED_2D,
+    "ffhq": PAPERS,
+    "afhq": PAPERS,
+    "stylegan2-ffhq": PAPERS_2D,
+    "stylegan2-afhq": PAPERS_2D,
+}
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
 # How targets begin from a picture without words, which the source's own picture would outweigh.
@@ -353,9 +411,10 @@ def _defaults(
     for flag, name, known in (("--base", base, BASES), ("--method", method, METHODS)):
         if name not in known:
             raise ValueError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
-    row = BASES[base] | METHODS[method] | NUMBERS[base][method]
+    methods = METHODS_2D if base in FLAT else METHODS
+    row = BASES[base] | methods[method] | NUMBERS[base][method]
     row |= EDITS.get(method, {}) if edit else {}
-    targets = row.pop("targets", Targets())
+    targets, scores = row.pop("targets", Targets()), row.pop("scores", Scores())
     if image and not prompt:
         targets = dataclasses.replace(targets, **FROM_PICTURE)
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
@@ -366,6 +425,7 @@ def _defaults(
         "out": Path("runs", "-".join(words).lower()[:80] or "unnamed"),
         "image_scale": 0.6 if prompt and image else 1.0,
         "targets": targets,
+        "scores": scores,
         "weights": Weights(**weights),
     }
     plain = {f.name: f.default for f in fields(Config) if f.default is not dataclasses.MISSING}
@@ -407,8 +467,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--edit takes the place of --prompt, got both ({cfg.prompt!r})")
     if not cfg.generator:
         raise ValueError(
-            f"--base {cfg.base} comes without a generator: give --generator with EG3D's "
-            f"{EG3D_FILES[cfg.base]} or another .pkl or .safetensors"
+            f"--base {cfg.base} comes without a generator: give --generator with "
+            f"{OFFICIAL_FILES[cfg.base]} or another .pkl or .safetensors"
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", cfg.device):
         raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {cfg.device}")
@@ -428,7 +488,12 @@ def check(cfg: Config) -> None:
 
 def _check_bounds(cfg: Config) -> None:
     """Refuse numbers outside of the bounds at their fields, and texts that are not UTF-8."""
-    groups = ((cfg, "--"), (cfg.targets, "--targets."), (cfg.weights, "--weights."))
+    groups = (
+        (cfg, "--"),
+        (cfg.targets, "--targets."),
+        (cfg.scores, "--scores."),
+        (cfg.weights, "--weights."),
+    )
     for options, prefix in groups:
         hints = get_type_hints(type(options), include_extras=True)
         for name, value in vars(options).items():
@@ -450,6 +515,11 @@ def _check_weights(cfg: Config) -> None:
         raise ValueError("nothing to learn: all --weights are 0")
     if "keep" in on and not cfg.prompt:
         raise ValueError("--weights.keep needs words for the region: --edit or --prompt")
+    if cfg.select_layers and not on.keys() & set(SCORE_DISTILLATION):
+        raise ValueError(
+            f"--select-layers goes by score distillation: one of --weights "
+            f"{', '.join(SCORE_DISTILLATION)} must be on"
+        )
     if "target" in on and not cfg.image:
         raise ValueError("--weights.target needs the picture of --image")
     if "distance" in on and cfg.batch < 2:

@@ -179,9 +179,9 @@ from harness.devices import pick_device
 from harness.pictures import read_picture, to_image
 from harness.store import checksum, write_text
 from harness.tables import Row, csv_table, markdown_table, plot_bars, plot_steps
-from models.eg3d import TriPlaneGenerator
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
+from models.generator import Generator
 from render import load_run
 
 
@@ -198,7 +198,7 @@ class Renders:
     """What one generator shows of N latents, from a random camera each and from the front."""
 
     image: Tensor  # Random camera, [N, 3, R, R] in [-1, 1].
-    depth: Tensor  # Seen by that camera, [N, 1, n, n].
+    depth: Tensor  # Seen by that camera, [N, 1, n, n]; empty where there is none, like the masks.
     mask: Tensor  # [N, 1, n, n].
     front: Tensor  # Frontal camera, [N, 3, R, R].
     front_depth: Tensor  # [N, 1, n, n].
@@ -293,7 +293,8 @@ def score_run(ckpt: Path, cfg: Config, device: torch.device, sources: Sources) -
     try:
         row |= fidelity(clip, settings, ckpt, source.renders, adapted, cfg, real)
         row |= likeness(clip, source, adapted, cfg)
-        row |= geometry(G, source, adapted)
+        if source.renders.depth.numel():
+            row |= geometry(G, source, adapted)
     except ValueError as error:
         raise ValueError(f"{ckpt}: {error}") from error
     return row | cost(ckpt)
@@ -330,7 +331,7 @@ def cost(ckpt: Path) -> dict[str, float]:
     return row | ({"peak_gb": max(peaks)} if peaks else {})
 
 
-def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
+def draw_views(G: Generator, cfg: Config) -> tuple[Views, Views]:
     """Draw the latents and cameras that are scored, and those that the pose probe is fitted on.
 
     Cameras are uniform over the generator's range. The first N do not depend on the second.
@@ -344,27 +345,28 @@ def draw_views(G: TriPlaneGenerator, cfg: Config) -> tuple[Views, Views]:
     return scored, fitted
 
 
-def render_source(G_src: TriPlaneGenerator, trunc: float, cfg: Config, sources: Sources) -> Source:
+def render_source(G_src: Generator, trunc: float, cfg: Config, sources: Sources) -> Source:
     """Render the source for a score, or return what `sources` kept of the last one."""
     key = (fingerprint_generator(G_src), trunc, cfg.samples, cfg.seed)
     if key not in sources:
         sources.clear()
         views, probe_views = draw_views(G_src, cfg)
-        probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", front=False)
+        turns = probe_views.angles.any()
+        probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", False) if turns else None
         renders = render_all(G_src, views, trunc, cfg, "source")
-        sources[key] = Source(views, renders, probe_views, probes)
+        sources[key] = Source(views, renders, probe_views, probes or renders)
     return sources[key]
 
 
 @torch.no_grad()
 def render_all(
-    G: TriPlaneGenerator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
+    G: Generator, views: Views, trunc: float, cfg: Config, name: str, front: bool = True
 ) -> Renders:
     """Render latents from their cameras and from the front, or have the first stand for both.
 
     They are rendered one by one: the jitter of the rays is drawn, and depth is clamped, per call.
     """
-    device = G.backbone.mapping.w_avg.device
+    device = next(iter(G.parameters())).device
     frontal = G.cameras.frontal().to(device)  # [1, 25]
     labels = G.cameras.label(*views.angles.T).to(device)  # [N, 25]
     parts = []
@@ -372,8 +374,10 @@ def render_all(
         ws = G.mapping(views.z[i : i + 1].to(device), frontal, truncation_psi=trunc)
         cameras = torch.cat([labels[i : i + 1], frontal])[: 1 + front]  # [K, 25]
         torch.manual_seed(cfg.seed + i)  # The same jitter for source and adapted.
-        out = {k: v.cpu() for k, v in G.synthesis(ws, cameras[None]).items()}
-        maps = [out[name] for name in ("image", "image_depth", "mask")]  # Each [K, ...].
+        out = G.synthesis(ws, cameras[None])
+        nothing = out["image"][:, :1, :0, :0]  # Where there is no depth.
+        names = ("image", "image_depth", "mask")
+        maps = [out.get(name, nothing).cpu() for name in names]  # Each [K, ...].
         parts.append([x[k] for k in range(1 + front) for x in maps])
     stacks = [torch.stack(part) for part in zip(*parts, strict=True)]
     sideways, frontal_maps = stacks[:3], stacks[3:] or stacks[:3]
@@ -510,15 +514,20 @@ def known_domains(settings: dict) -> dict[str, str]:
 
 
 def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> Row:
-    """Return what `metrics.pose` and, from the front, `metrics.identity` do, of CLIP's cells."""
-    fitted, fitted_angles = cells(clip, source.probes.image, cfg), source.probe_views.angles
-    before, after = (cells(clip, x.image, cfg) for x in (source.renders, adapted))
-    row = metrics.pose(fitted, fitted_angles, before, after, source.views.angles)
+    """Return what `metrics.pose` and, from the front, `metrics.identity` do, of CLIP's cells.
+
+    A generator that cannot turn has no pose.
+    """
+    row: Row = {}
+    if source.probe_views.angles.any():
+        fitted, fitted_angles = cells(clip, source.probes.image, cfg), source.probe_views.angles
+        before, after = (cells(clip, x.image, cfg) for x in (source.renders, adapted))
+        row = metrics.pose(fitted, fitted_angles, before, after, source.views.angles)
     before, after = (cells(clip, x.front, cfg) for x in (source.renders, adapted))
     return row | metrics.identity(before, after)
 
 
-def geometry(G: TriPlaneGenerator, source: Source, adapted: Renders) -> Row:
+def geometry(G: Generator, source: Source, adapted: Renders) -> Row:
     """Return `depth_corr` (see `metrics.depth_correlation`) and what `metrics.multiview` does.
 
     The two views are the random camera and the frontal one.

@@ -8,6 +8,7 @@ CLIP, unit length. `_src` is the source generator's. Frozen networks never recei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -213,21 +214,26 @@ def fusion_sds_loss(
     noise: Tensor,
     guidance: float,
     baseline: Tensor | None = None,
+    unit: bool = True,
+    divisor: float = 100.0,
 ) -> Tensor:
-    """SDS between predictions of unit size (StyleGAN-Fusion, arXiv:2212.04473, its code for EG3D).
+    """SDS of clamped size (StyleGAN-Fusion, arXiv:2212.04473, by its code).
 
-    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(noise)) / 100, clamped to +-1, where unit()
-    scales a whole latent to an RMS of 1, so that a large guidance changes only directions. Theirs
-    is of one image; here every image has its own t, RMS and clamp. Their nan -> 0 is left out.
+    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(noise)) / divisor, clamped to +-1, where
+    unit() scales a whole latent to an RMS of 1, so that a large guidance changes only directions.
+    So it is for EG3D; for StyleGAN2 unit() is left out and the divisor 1. Theirs is of one image;
+    here every image has its own t, RMS and clamp. Their nan -> 0 is left out.
 
     Args:
         baseline: What is subtracted instead of the noise, see `dsds_loss`.
+        unit: Whether predictions are scaled to unit size.
+        divisor: Divides the gradient before it is clamped.
     """
     with torch.no_grad():
         eps_hat = guided_noise(prior, add_noise(prior, latents, t, noise), t, condition, guidance)
-        grad = _fusion_gradient(
-            prior, t, _unit(eps_hat) - _unit(noise if baseline is None else baseline)
-        )
+        baseline = noise if baseline is None else baseline
+        difference = _unit(eps_hat) - _unit(baseline) if unit else eps_hat - baseline
+        grad = _fusion_gradient(prior, t, difference, divisor)
     return _carrier(latents, grad)
 
 
@@ -239,21 +245,27 @@ def score_direction_loss(
     t: Tensor,
     noise: Tensor,
     guidance: float,
+    unit: bool = True,
+    divisor: float = 100.0,
 ) -> Tensor:
     """Directional regulariser (StyleGAN-Fusion, arXiv:2212.04473, its Directional_loss 1).
 
-    The gradient is (1 - abar_t) * (unit(eps_hat(latents_t)) - unit(eps_hat(latents_src_t))) / 100,
-    clamped to +-1, both latents under the same noise: 0 where nothing has been adapted yet.
+    The gradient is (1 - abar_t) * (unit(eps_hat(latents_t)) - unit(eps_hat(latents_src_t))) /
+    divisor, clamped to +-1, both latents under the same noise: 0 where nothing has been adapted
+    yet. Without layer selection StyleGAN2 goes without unit().
 
     Args:
         noise: Another draw than that of SDS.
+        unit: Whether predictions are scaled to unit size.
+        divisor: Divides the gradient before it is clamped.
     """
     with torch.no_grad():
         eps_hat, eps_src = (
-            _unit(guided_noise(prior, add_noise(prior, x, t, noise), t, condition, guidance))
+            guided_noise(prior, add_noise(prior, x, t, noise), t, condition, guidance)
             for x in (latents, latents_src)
         )
-        grad = _fusion_gradient(prior, t, eps_hat - eps_src)
+        difference = _unit(eps_hat) - _unit(eps_src) if unit else eps_hat - eps_src
+        grad = _fusion_gradient(prior, t, difference, divisor)
     return _carrier(latents, grad)
 
 
@@ -265,19 +277,36 @@ def score_reconstruction_loss(
     t: Tensor,
     noise: Tensor,
     guidance: float,
+    divisor: float = 100.0,
 ) -> Tensor:
     """Reconstruction regulariser (StyleGAN-Fusion, arXiv:2212.04473, its Directional_loss 2).
 
-    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(r)) / 100, clamped to +-1, where r is the
-    gradient of |latents_0 - latents_src|^2 at eps_hat, latents_0 the clean latents that eps_hat
-    leads back to: r points along latents_src - latents_0.
+    The gradient is (1 - abar_t) * (unit(eps_hat) - unit(r)) / divisor, clamped to +-1, where r is
+    the gradient of |latents_0 - latents_src|^2 at eps_hat, latents_0 the clean latents that eps_hat
+    leads back to: r points along latents_src - latents_0. Sizes are unit here for all generators.
     """
     with torch.no_grad():
         abar, latents_t = signal(prior, t), add_noise(prior, latents, t, noise)
         eps_hat = guided_noise(prior, latents_t, t, condition, guidance)
         latents_0 = (latents_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
-        grad = _fusion_gradient(prior, t, _unit(eps_hat) - _unit(latents_src - latents_0))
+        difference = _unit(eps_hat) - _unit(latents_src - latents_0)
+        grad = _fusion_gradient(prior, t, difference, divisor)
     return _carrier(latents, grad)
+
+
+def clip_to_quantile(gradient: Tensor, quantile: float) -> Tensor:
+    """Clip each gradient of a batch to +- a quantile of its own sizes (StyleGAN-Fusion's code).
+
+    Args:
+        gradient: [B, ...].
+        quantile: In (0, 1]; 1 clips nothing.
+    """
+    sizes = gradient.abs().flatten(1)  # [B, N]
+    # torch.quantile refuses more than 2^24 numbers, and sorts them all.
+    place = quantile * (sizes.shape[1] - 1)
+    low, high = (sizes.kthvalue(int(k) + 1, dim=1).values for k in (place, math.ceil(place)))
+    bound = low.lerp(high, place - int(place)).view(-1, *[1] * (gradient.ndim - 1))
+    return gradient.clamp(-bound, bound)
 
 
 def perceptual_loss(layers: Sequence[Tensor], layers_src: Sequence[Tensor]) -> Tensor:
@@ -439,9 +468,11 @@ def _unit(noise: Tensor) -> Tensor:
     return noise / noise.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
-def _fusion_gradient(prior: NoisePredictor, t: Tensor, difference: Tensor) -> Tensor:
-    """Weigh, scale and clamp as StyleGAN-Fusion does for EG3D."""
-    return ((1 - signal(prior, t)) * difference / 100).clamp(-1, 1)
+def _fusion_gradient(
+    prior: NoisePredictor, t: Tensor, difference: Tensor, divisor: float
+) -> Tensor:
+    """Weigh, scale and clamp as StyleGAN-Fusion does."""
+    return ((1 - signal(prior, t)) * difference / divisor).clamp(-1, 1)
 
 
 def _square_distances(a: Tensor, b: Tensor) -> Tensor:

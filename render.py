@@ -3,12 +3,14 @@
     python render.py --ckpt runs/a-bronze-statue --seeds 0-7 --out renders
     python render.py --ckpt generator.safetensors --seeds 0,4-6 --trunc 0.7 --depth
     python render.py --ckpt runs/a-bronze-statue --seeds 0-3 --orbit 120 --mesh 256
+    python render.py --ckpt stylegan2-ffhq.pkl --seeds 0-7 --interpolate 30
 
-Writes seed0000.png, ... (three views side by side), with --depth also seed0000_depth.png (near is
-bright), and for a run grid.png: the source generator's pictures, below each the adapted one
-(left out, with a warning, where the source generator is gone).
+Writes seed0000.png, ... (three views side by side; one, where the generator has no cameras), with
+--depth also seed0000_depth.png (near is bright), and for a run grid.png: the source generator's
+pictures, below each the adapted one (left out, with a warning, where the source generator is gone).
 --orbit writes seed0000.webp: the head turning, an animation that loops; of a run source and
-adapted side by side. --mesh writes seed0000.ply: the surface with colours, in world units.
+adapted side by side. --interpolate writes interpolation.webp: from seed to seed and back to the
+first. --mesh writes seed0000.ply: the surface with colours, in world units.
 Seeds are EG3D's, so they show the same heads as in NVIDIA's scripts.
 """
 
@@ -26,6 +28,7 @@ from harness.pictures import is_ours
 from harness.run_folder import check_folder, check_source, locate, make_folder, read_settings
 
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
+VIDEO = "interpolation.webp"
 MOST_FRAMES = 360  # Pillow wants them all before it encodes: 0.6 GB for pairs of 512 px.
 VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
 
@@ -34,13 +37,14 @@ VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
 class Config:
     """Options of render.py."""
 
-    ckpt: str  # Run folder, or generator: .safetensors, EG3D's .pkl, hub id user/repo/file, URL.
+    ckpt: str  # Run folder, or generator: .safetensors, official .pkl, hub id user/repo/file, URL.
     out: Path = Path("renders")  # Folder for the pictures; those of earlier calls are replaced.
 
     seeds: str = "0-7"  # Latent codes, such as 0-7,12 (ends included).
     trunc: float = 1.0  # Truncation psi: 1 is the full variety, 0 the average head.
     depth: bool = False  # Also write depth pictures.
     orbit: int = 0  # Also write videos of so many frames, at 30 a second; 0 writes none.
+    interpolate: int = 0  # Also write a video of so many frames from each seed to the next.
     mesh: int = 0  # Also write meshes, from so many voxels per side (say 256); 0 writes none.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
@@ -56,10 +60,13 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
     for flag, value, (least, most) in (
         ("--orbit", cfg.orbit, (2, MOST_FRAMES)),
+        ("--interpolate", cfg.interpolate, (2, MOST_FRAMES // len(seeds))),
         ("--mesh", cfg.mesh, VOXELS),
     ):
         if value and not least <= value <= most:
             raise ValueError(f"{flag} must be {least} to {most}, or 0 for none, got {value}")
+    if cfg.interpolate and len(seeds) == 1:
+        raise ValueError(f"--interpolate needs two --seeds or more, got {cfg.seeds}")
     if cfg.mesh and importlib.util.find_spec("skimage") is None:
         raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
@@ -80,6 +87,8 @@ def check_replaced(out: Path, seeds: list[int]) -> None:
     stills = [out / still_name(seed) for seed in seeds]
     groups = {still: [still.with_name(still.stem + end) for end in endings] for still in stills}
     groups[out / "grid.png"] = [out / "grid.png"]
+    some = next(filter(is_ours, out.glob("seed*.png")), out)  # Beside each of our videos.
+    groups[some] = [*groups.get(some, []), out / VIDEO]
     for still, files in groups.items():
         there = [path.name for path in files if path.exists()]
         if there and not is_ours(still):
@@ -120,7 +129,6 @@ from tqdm import tqdm
 from files.generators import load_generator
 from harness.devices import pick_device
 from harness.pictures import image_grid, save_image, save_video
-from models.eg3d import TriPlaneGenerator
 from models.fingerprints import fingerprint_generator
 from models.generator import Generator, Outputs
 from models.mesh import extract_mesh, save_mesh
@@ -138,12 +146,15 @@ def main(cfg: Config) -> None:
     check(cfg)
     seeds = parse_range(cfg.seeds)
     G, G_src, _ = load_run(cfg.ckpt, pick_device(cfg.device))
+    for name in ("depth", "orbit", "mesh"):
+        if getattr(cfg, name) and "image_depth" not in G.gives:
+            raise ValueError(f"--{name} needs a generator with cameras, and {cfg.ckpt} has none")
     make_folder(cfg.out)
     networks = [G] if G_src is None else [G_src, G]
 
     for seed in tqdm(seeds, unit="seed"):
         subjects = [seed_to_subject(network, seed, cfg.trunc) for network in networks]
-        stills = views(subjects[-1], VIEWS)
+        stills = views(subjects[-1], sides(G))
         save_image(image_grid([stills["image"]]), cfg.out / still_name(seed))
         if cfg.depth:
             depth = depth_images(stills["image_depth"], stills["mask"])
@@ -160,6 +171,10 @@ def main(cfg: Config) -> None:
             else:
                 save_mesh(mesh, cfg.out / f"seed{seed:04d}.ply")
 
+    if cfg.interpolate:
+        walks = [interpolation(network, seeds, cfg.interpolate, cfg.trunc) for network in networks]
+        frames = [image_grid([torch.cat(pair)]) for pair in zip(*walks, strict=True)]
+        save_video(frames, cfg.out / VIDEO)
     if G_src is not None:
         rows = [portraits(network, seeds, cfg.trunc) for network in networks]
         save_image(image_grid(rows), cfg.out / "grid.png")
@@ -168,7 +183,7 @@ def main(cfg: Config) -> None:
 
 def load_run(
     ckpt: str | Path, device: str | torch.device = "cpu"
-) -> tuple[TriPlaneGenerator, TriPlaneGenerator | None, dict]:
+) -> tuple[Generator, Generator | None, dict]:
     """Load what a run made and started from.
 
     Args:
@@ -242,13 +257,30 @@ def views(subject: Subject, yaws: tuple[float, ...]) -> Outputs:
     return subject.see(subject.G.cameras.label(torch.tensor(yaws), torch.full((len(yaws),), PITCH)))
 
 
+def sides(G: Generator) -> tuple[float, ...]:
+    """Return the yaws of the views in a still: three, or one of a generator that cannot turn."""
+    return VIEWS if G.cameras.yaw_range else (0.0,)
+
+
 def portraits(G: Generator, seeds: list[int], trunc: float = 1.0) -> Tensor:
     """Render each seed once, turning from column to column, [N, 3, R, R] in [-1, 1]."""
+    yaws = sides(G)
     pictures = [
-        views(seed_to_subject(G, seed, trunc), (VIEWS[i % len(VIEWS)],))["image"]
+        views(seed_to_subject(G, seed, trunc), (yaws[i % len(yaws)],))["image"]
         for i, seed in enumerate(seeds)
     ]
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def interpolation(
+    G: Generator, seeds: list[int], frames: int, trunc: float = 1.0
+) -> Iterator[Tensor]:
+    """Yield images [1, 3, R, R] on the way from seed to seed, straight in ws, back to the first."""
+    codes = [seed_to_ws(G, seed, trunc) for seed in seeds]
+    for start, end in zip(codes, [*codes[1:], codes[0]], strict=True):
+        for frame in range(frames):
+            yield views(Subject(G, start.lerp(end, frame / frames)), (0.0,))["image"]
 
 
 @torch.no_grad()

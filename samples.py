@@ -1,18 +1,23 @@
 """What a step works on: heads, times and noise by its seed, and what the source makes of the heads.
 
+With --select-layers also which layers learn in it.
+
 A run may use heads several times (--targets.reuse): what the source and the frozen networks make of
 them is then made once, the prior's own pictures above all.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
-from config import Config
-from models.generator import Generator, Outputs
-from models.renderer import Rays
-from terms import Guides, Seen, needed
+import torch
+from torch import Tensor, nn
+
+from config import SCORE_DISTILLATION, Config
+from guides import Guides
+from harness import ranks
+from models.generator import Draw, Generator
+from terms import Moment, Seen, needed, pull_back
 
 
 class Pool:
@@ -27,26 +32,18 @@ class Pool:
         self.wanted = needed(cfg)
         self._kept: dict[tuple[int, int], Seen] = {}  # By draw and place in the batch.
 
-    def source(self, draw: int, first: int, ws: Tensor, c: Tensor, rays: Rays) -> Seen:
+    def source(self, draw: int, first: int, ws: Tensor, c: Tensor, rays: Draw) -> Seen:
         """Return what the source makes of samples: those from `first` on of a draw."""
         oldest = (draw - 1) // self.cfg.targets.pool * self.cfg.targets.pool + 1
         self._kept = {key: seen for key, seen in self._kept.items() if key[0] >= oldest}
         if seen := self._kept.get((draw, first)):
             return seen
         with torch.no_grad():
-            outputs = draw_samples(self.G_src, ws, c, rays)
+            outputs = self.G_src.synthesis(ws, c, rays=rays)
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
         if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
         return seen
-
-
-def draw_samples(
-    G: Generator, ws: Tensor, c: Tensor, rays: Rays, force_fp32: bool = False
-) -> Outputs:
-    """Render samples, and return all that is made of them on the way."""
-    planes = G.planes(ws, force_fp32=force_fp32)
-    return {"planes": planes} | G.synthesis(ws, c, planes=planes, rays=rays, force_fp32=force_fp32)
 
 
 def draw_heads(cfg: Config, G: Generator) -> tuple[Tensor, Tensor]:
@@ -84,6 +81,52 @@ def draw_number(cfg: Config, step: int) -> int:
     return rounds // reuse * pool + place + 1
 
 
+def select_layers(
+    cfg: Config,
+    G: Generator,
+    pool: Pool,
+    step: int,
+    t: Tensor,
+    learning: Mapping[str, nn.Parameter],
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of the layers whose codes score distillation moves most.
+
+    Layer selection of StyleGAN-Fusion (arXiv:2212.04473): a head of its own, at the diffusion time
+    of the step's first, makes a gradient at ws; a layer's score is the mean size of its code's. As
+    many layers as --select-layers learn, of those that have parameters in `learning`.
+
+    Args:
+        t: Diffusion times of the step, [B].
+        learning: Parameters that may learn, by name.
+    """
+    guides, device = pool.guides, t.device
+    torch.manual_seed(step_seed(cfg.seed, step, stream=2))
+    z, c = torch.randn(1, G.z_dim).to(device), G.cameras.sample(1).to(device)
+    noise = torch.randn(2, 1, *guides.prior.latent_shape).to(device)
+    ws = G.mapping(z, G.cameras.frontal().to(device), cfg.trunc).detach().requires_grad_()
+    rays = G.rays(c)
+    source = Seen(guides, pool.G_src.synthesis(ws.detach(), c, rays=rays))
+    adapted = G.synthesis(ws, c, rays=rays, noise_mode="random", force_fp32=True)
+    sds = {name: w for name, w in cfg.weights.on().items() if name in SCORE_DISTILLATION}
+    gradients, _ = pull_back(adapted, sds, Moment(guides, source, t[:1], noise), batch=1)
+    (moves,) = torch.autograd.grad([adapted[n] for n in gradients], ws, list(gradients.values()))
+    scores = moves.abs().mean((0, 2))  # [num_ws]
+    ranks.add_up([scores], {})  # So that all processes choose alike.
+
+    layers = G.layers
+    if cfg.scores.layer_before:  # As its code has it: conv1, torgb, then each layer a place late.
+        layers = [layers[0], layers[1][:1], *(names[-1:] for names in layers[1:-1])]
+    choices = [
+        {n: p for n, p in learning.items() if n.startswith(tuple(f"{x}." for x in names))}
+        for names in layers
+    ]
+    order = [i for i in scores.argsort(descending=True).tolist() if choices[i]]
+    chosen: dict[str, nn.Parameter] = {}
+    for i in order[: cfg.select_layers]:
+        chosen |= choices[i]
+    return chosen
+
+
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
     """Return the seed of a step's random draws; its streams are independent."""
-    return (2 * (seed * 1_000_003 + step) + stream) % 2**63
+    return (2 * (seed * 1_000_003 + step) + stream % 2 + (stream // 2 << 62)) % 2**63

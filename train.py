@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from files.generators import load_generator, save_generator
+from guides import Guides
 from harness import ranks
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.cli import is_first, options_settled, stop_requests
@@ -58,11 +59,11 @@ from samples import (
     draw_heads,
     draw_noise,
     draw_number,
-    draw_samples,
     draw_times,
+    select_layers,
     step_seed,
 )
-from terms import Everyone, Guides, Moment, Row, needed, pull_back
+from terms import Everyone, Moment, Row, load_guides, needed, pull_back
 
 EMA_HALF_LIFE = 0.05  # As a fraction of the run: long enough to calm the result, short to follow.
 GROWTH = 0.05  # Least slope of the density for gradients, where shapes may grow into empty space.
@@ -116,7 +117,7 @@ def adapt(cfg: Config) -> None:
     G_src = load_generator(locate(cfg.generator), device)
     pictures = references(cfg)
     reference = torch.cat([to_image(picture) for picture in pictures]) if pictures else None
-    guides = Guides.load(cfg, G_src, reference, device)
+    guides = load_guides(cfg, G_src, reference, device)
     run = prepare(cfg, G_src, guides)
 
     # Samples to look at, the same in every grid.
@@ -207,6 +208,8 @@ def take_step(run: Run, step: int) -> Row:
     everyone = gather_planes(run, ws) if "batch" in needs else None
 
     learning = run.phases[(step - 1) * len(run.phases) // cfg.steps]
+    if cfg.select_layers:
+        learning = select_layers(cfg, G, run.pool, step, t, learning)
     for name, weight in run.weights.items():
         weight.requires_grad_(name in learning)
     row: Row = {}  # Means over the batch.
@@ -215,7 +218,7 @@ def take_step(run: Run, step: int) -> Row:
         # Render the same samples before and after.
         # What learns is in float32, for gradients too small for half precision.
         source = run.pool.source(draw, part.start, ws[part], c[part], rays.cut(part))
-        adapted = draw_samples(G, ws[part], c[part], rays.cut(part), force_fp32=True)
+        adapted = G.synthesis(ws[part], c[part], rays=rays.cut(part), force_fp32=True)
 
         # Sum the terms' gradients at the outputs, then go back through the generator once.
         now = Moment(
@@ -269,10 +272,8 @@ def learning_weights(G: Generator, pattern: str) -> dict[str, nn.Parameter]:
         weights = {name: w for name, w in G.named_parameters() if re.fullmatch(pattern, name)}
     except re.error as error:
         raise ValueError(f"--learns {pattern!r} is no regular expression ({error})") from error
-    if not weights or any(name.startswith("backbone.mapping.") for name in weights):
-        raise ValueError(
-            f"--learns {pattern!r} must match parameters, and none of backbone.mapping"
-        )
+    if not weights or any(re.match(r"(backbone\.)?mapping\.", name) for name in weights):
+        raise ValueError(f"--learns {pattern!r} must match parameters, and none of the mapping")
     for weight in weights.values():
         weight.requires_grad_(True)
     return weights

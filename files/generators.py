@@ -1,9 +1,9 @@
 """Generators on disk: our own format, and the way to all others.
 
-A generator file is a .safetensors whose tensors have EG3D's state-dict names and whose header
+A generator file is a .safetensors whose tensors have the official state-dict names and whose header
 holds, as JSON, what the constructor needs. Of a run folder this module knows config.json and
-generator.safetensors. Generators are also read from EG3D's own files (files/official.py), and by
-hub id or URL (harness/download.py).
+generator.safetensors. Generators are also read from official files (files/official.py), and by hub
+id or URL (harness/download.py).
 """
 
 import json
@@ -21,10 +21,17 @@ from harness.download import check_downloaded, fetch
 from harness.store import checksum, write_bytes
 from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
+from models.generator import Generator
 from models.limits import is_number
+from models.stylegan2 import StyleGAN2Generator
 from models.weight_files import kind_of_weights
 
-FORMAT = "eg3d-safetensors"
+# What the header of a format holds beside the constructor's arguments.
+RENDERED = ("rendering_kwargs", "neural_rendering_resolution", "plane_axes")
+FORMATS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "eg3d-safetensors": (TriPlaneGenerator, RENDERED),
+    "stylegan2-safetensors": (StyleGAN2Generator, ()),
+}
 TORCH_BEGINS = (b"PK", b"\x80\x02\x8a\x0a")  # Files of torch.save, since and before version 1.6.
 # What foreign and damaged files make readers and the constructor raise.
 FILE_ERRORS = (
@@ -39,14 +46,14 @@ FILE_ERRORS = (
 MAX_RENDER = 4096  # Pixels before super-resolution; a guard against files.
 
 
-def load_generator(source: str | Path, device: str | torch.device = "cpu") -> TriPlaneGenerator:
+def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Generator:
     """Load a generator: frozen, float32 and in eval mode, whatever precision it is stored in.
 
     Args:
-        source: A .safetensors written by `save_generator`, a run folder, EG3D's own .pkl (nothing
-            in it is executed), a state dict .pth of a released network, a whole generator that
-            PTI saved as .pt, or one of these files by hub id `user/repo/file` or URL. What exists
-            here wins over a hub id.
+        source: A .safetensors written by `save_generator`, a run folder, an official .pkl of EG3D
+            or StyleGAN2 (nothing in it is executed), a state dict .pth of a released network, a
+            whole generator that PTI saved as .pt, a StyleGAN2 of rosinality's as .pt, or one of
+            these files by hub id `user/repo/file` or URL. What exists here wins over a hub id.
         device: Where to put it.
 
     Raises:
@@ -63,9 +70,7 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Tr
     return G.eval().requires_grad_(False).to(device)
 
 
-def save_generator(
-    G: TriPlaneGenerator, path: str | Path, dtype: torch.dtype = torch.float32
-) -> None:
+def save_generator(G: Generator, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a generator so that `load_generator` rebuilds it; equal weights give equal bytes.
 
     Args:
@@ -76,13 +81,13 @@ def save_generator(
     Raises:
         ValueError: a weight is not finite, or too large for `dtype`.
     """
-    header = {
-        "init_kwargs": G.init_kwargs,
-        "rendering_kwargs": G.rendering_kwargs,
-        "neural_rendering_resolution": G.neural_rendering_resolution,
-        "plane_axes": G.plane_axes.tolist(),
+    name, (_, settings) = next(item for item in FORMATS.items() if type(G) is item[1][0])
+    header = {key: getattr(G, key) for key in ("init_kwargs", *settings)}
+    metadata = {"format": name}
+    metadata |= {
+        key: json.dumps(value.tolist() if isinstance(value, Tensor) else value)
+        for key, value in header.items()
     }
-    metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in header.items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
     _check_finite(tensors)
     metadata["checksum"] = json.dumps(_checksum(metadata, tensors))
@@ -105,16 +110,35 @@ def _find_generator(source: str | Path) -> Path:
     return source / "generator.safetensors"
 
 
-def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenerator:
+def _build_generator(header: dict, tensors: dict[str, Tensor]) -> Generator:
     """Return the generator of a header as `save_generator` writes it; it takes over the tensors."""
-    kwargs = {**header["init_kwargs"], "rendering_kwargs": header["rendering_kwargs"]}
+    cls, settings = FORMATS[header["format"]]
+    kwargs = dict(header["init_kwargs"])
+    if settings:
+        kwargs["rendering_kwargs"] = header["rendering_kwargs"]
     with torch.device("meta"):  # Weights would take time and memory, only to be replaced.
-        G = TriPlaneGenerator(**kwargs)
+        G = cls(**kwargs)
+    if G.img_channels != 3:
+        raise ValueError(f"img_channels must be 3, got {G.img_channels}")
+    if settings:
+        _settle_renderer(G, header)
+        tensors.setdefault("dataset_label_std", torch.ones(LABEL_SIZE))  # Only training adds it.
+    _check_finite(tensors)
+    G.load_state_dict(tensors, assign=True)
+    return G
+
+
+def _settle_renderer(G: TriPlaneGenerator, header: dict) -> None:
+    """Give a generator with cameras what its header says of rendering.
+
+    Raises:
+        ValueError: it cannot be rendered so.
+    """
     # The constructor takes others; cameras, losses and pictures do not.
-    if G.c_dim != LABEL_SIZE or G.img_channels != 3 or G.decoder.net[2].weight.shape[0] < 4:
+    if G.c_dim != LABEL_SIZE or G.decoder.net[2].weight.shape[0] < 4:
         raise ValueError(
-            f"c_dim must be {LABEL_SIZE}, img_channels 3 and feature_channels at least 3, got "
-            f"{G.c_dim}, {G.img_channels} and {G.decoder.net[2].weight.shape[0] - 1}"
+            f"c_dim must be {LABEL_SIZE} and feature_channels at least 3, got "
+            f"{G.c_dim} and {G.decoder.net[2].weight.shape[0] - 1}"
         )
     size = header["neural_rendering_resolution"]
     if not (is_number(size) and size == int(size) and 1 <= size <= MAX_RENDER):
@@ -125,10 +149,6 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> TriPlaneGenera
         raise ValueError("plane_axes must be three 3 x 3 matrices that can be inverted")
     G.neural_rendering_resolution, G.plane_axes = int(size), axes
     G.cameras.frontal()  # Fails for a set-up that no camera can have.
-    _check_finite(tensors)
-    tensors.setdefault("dataset_label_std", torch.ones(25))  # Only EG3D's training adds it.
-    G.load_state_dict(tensors, assign=True)
-    return G
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
@@ -165,9 +185,9 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return the header that `save_generator` wrote and the tensors, float32."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in FORMATS:
             kind = kind_of_weights(dict.fromkeys(file.keys()))
-            held = f"it holds {kind}" if kind else f"format is not {FORMAT}"
+            held = f"it holds {kind}" if kind else f"format is not {' or '.join(FORMATS)}"
             raise ValueError(f"not written by this project ({held})")
         # Copied, since the generator must not depend on the file any more.
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -175,6 +195,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
         if noted and json.loads(noted) != _checksum(metadata, tensors):
             raise ValueError("it is damaged: its bytes have changed since it was written")
         header = {key: json.loads(metadata[key]) for key in metadata.keys() - {"format"}}
+        header["format"] = metadata["format"]
         return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
 

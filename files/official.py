@@ -1,8 +1,9 @@
-"""EG3D's own files: released .pkl, state dicts (.pth) with EG3D's names, PTI's generators (.pt).
+"""Official files of EG3D and StyleGAN2: .pkl, state dicts (.pth), PTI's generators (.pt).
 
 All become what files/generators.py builds a generator from: a header as in our files, and the
 tensors by state-dict key, float32. A .pkl holds the whole training state of a GAN, of which G_ema
-counts; a state dict holds no configuration, so its shapes must be a released network's.
+counts. A state dict holds no configuration: of EG3D its shapes must be a released network's, of
+StyleGAN2 they tell it (files/rosinality.py).
 """
 
 import itertools
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from files.pickles import Inert, Storage, Stored, read_pickle, read_saved, read_storage, to_numbers
+from files.rosinality import is_stylegan2, read_stylegan2
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
 
 GROUPS = ("_parameters", "_buffers", "_modules")
@@ -72,13 +74,14 @@ RELEASED = {
 
 
 def read_official_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Read the generator of a .pkl as EG3D's training writes it, executing nothing in it.
+    """Read the generator of a .pkl as NVIDIA's trainings write it, executing nothing in it.
 
     Returns:
         The header and the tensors (see `generators.save_generator`).
 
     Raises:
-        ValueError: it holds no EG3D generator, or is damaged; the message names no file.
+        ValueError: it holds no generator that is known here, or is damaged; the message names no
+            file.
     """
     G = find_generator(read_pickle(path))
     return describe(G), load_parts(G, most=path.stat().st_size)
@@ -123,9 +126,9 @@ def packed_files(path: Path) -> str:
 
 
 def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
-    """Read a state dict with EG3D's names, and say on stderr which network it is taken for.
+    """Read a state dict, and say on stderr which network it is taken for.
 
-    Faces and cats have one network; cats are known by "afhq" in the file's name.
+    Faces and cats of EG3D have one network; cats are known by "afhq" in the file's name.
 
     Args:
         path: The file, for its name.
@@ -135,14 +138,18 @@ def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
         The header and the tensors (see `generators.save_generator`).
 
     Raises:
-        ValueError: its shapes are those of no released network; the message names no file.
+        ValueError: its names and shapes are those of no network that is known here; the message
+            names no file.
     """
+    average = entries(content).get("latent_avg")
     for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
         if type(content) is dict:
             content = content.get(wrapper, content)
     if not (type(content) is dict and content and all(map(is_weight, content.values()))):
         raise ValueError("it holds no state dict of real numbers")
     content = {name.removeprefix("module."): value for name, value in content.items()}
+    if is_stylegan2(content):
+        return read_stylegan2(path, content, average if is_weight(average) else None)
 
     faces = "afhqcats512-128" if "afhq" in path.name.lower() else "ffhq512-128"
     name = recognise(content, (faces, "shapenetcars128-64"))
@@ -153,6 +160,7 @@ def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
         file=sys.stderr,
     )
     header = {
+        "format": "eg3d-safetensors",
         "init_kwargs": released_arguments(img_resolution),
         "rendering_kwargs": with_foreground(rendering_kwargs),
         "neural_rendering_resolution": neural_rendering_resolution,
@@ -170,7 +178,9 @@ def find_generator(content: Any) -> Inert:
     """
     networks = content if type(content) is tuple else ()
     if any(type(network) is Inert and network.name == TENSORFLOW for network in networks):
-        raise ValueError("it holds networks of StyleGAN or StyleGAN2 for TensorFlow, not EG3D's")
+        raise ValueError(
+            "it holds networks of StyleGAN or StyleGAN2 for TensorFlow, which are not read here"
+        )
     G = entries(content).get("G_ema")
     if type(G) is not Inert:
         raise ValueError("it holds no generator under the name G_ema")
@@ -179,9 +189,13 @@ def find_generator(content: Any) -> Inert:
     if PANOHEAD & (modules.keys() | settings.keys()):
         raise ValueError("it holds a generator of PanoHead, which is another network than EG3D's")
     if "backbone" not in modules and {"mapping", "synthesis"} <= modules.keys():
-        raise ValueError("it holds a generator of StyleGAN2 or 3, which is another than EG3D's")
+        synthesis = modules["synthesis"]
+        state = entries(synthesis.state) if type(synthesis) is Inert else {}
+        if "b4" not in entries(state.get("_modules")):
+            raise ValueError("it holds a generator of StyleGAN3, which is not read here")
+        return G
     if not {"backbone", "decoder", "superresolution"} <= modules.keys():
-        raise ValueError(f"its G_ema is {G.name!r}, which is not EG3D's generator")
+        raise ValueError(f"its G_ema is {G.name!r}, which is neither EG3D's nor StyleGAN2's")
     return G
 
 
@@ -197,10 +211,13 @@ def describe(G: Inert) -> dict:
             del init_kwargs[argument]
     # Training changes the generator's own rendering_kwargs, not those it was built with.
     rendering_kwargs = plain(entries(state.get("rendering_kwargs")))
-    modules = entries(state["_modules"]).values()
-    children = [entries(module.state) for module in modules if type(module) is Inert]
+    modules = entries(state["_modules"])
+    if "backbone" not in modules:
+        return {"format": "stylegan2-safetensors", "init_kwargs": init_kwargs}
+    children = [entries(module.state) for module in modules.values() if type(module) is Inert]
     axes = [child["plane_axes"] for child in children if "plane_axes" in child]  # The renderer's.
     return {
+        "format": "eg3d-safetensors",
         "init_kwargs": init_kwargs,
         "rendering_kwargs": with_foreground(
             rendering_kwargs or entries(init_kwargs.get("rendering_kwargs"))

@@ -162,3 +162,23 @@ class CameraSetup:
         else:
             yaw, pitch = torch.rand(batch, 1) * 2 - 1, torch.rand(batch, 1) * 2 - 1
         return self.label(self.yaw_range * yaw[:, 0], self.pitch_range * pitch[:, 0])
+
+
+@dataclass(frozen=True)
+class NoCameras:
+    """In place of a set-up, of a generator of pictures: it cannot turn, and labels are empty."""
+
+    yaw_range: float = 0.0
+    pitch_range: float = 0.0
+
+    def label(self, yaw: Tensor, pitch: Tensor) -> Tensor:
+        """Return as many empty labels as there are views, [B, 0]."""
+        return torch.empty(len(yaw), 0)
+
+    def frontal(self, batch: int = 1) -> Tensor:
+        """Return empty labels, [batch, 0]."""
+        return torch.empty(batch, 0)
+
+    def sample(self, batch: int) -> Tensor:
+        """Return empty labels, [batch, 0]; nothing is drawn."""
+        return torch.empty(batch, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
+from models.layers import NoiseMode
 from models.limits import is_number
 from models.renderer import (
     Decoder,
@@ -25,7 +26,7 @@ from models.renderer import (
     pixel_rays,
     render,
 )
-from models.stylegan2 import Generator, NoiseMode
+from models.stylegan2 import Generator
 from models.superres import SuperResolution
 
 # EG3D's own axes: (x, y), (x, z) and, a known mistake all released weights live with, (z, x).
@@ -173,6 +174,13 @@ class TriPlaneGenerator(nn.Module):
             distribution=kwargs.get("camera_distribution", faces.distribution),
         )
 
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the layers that each of ws feeds; the last one feeds super-resolution too."""
+        own = self.backbone.synthesis.layers
+        names = [tuple(f"backbone.synthesis.{name}" for name in names) for names in own]
+        return [*names[:-1], (*names[-1], "superresolution")]
+
     def mapping(
         self,
         z: Tensor,
@@ -229,9 +237,10 @@ class TriPlaneGenerator(nn.Module):
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
             super-resolution, `image_depth` [B, 1, n, n], opacity `acc` [B, 1, n, n] and the
             foreground `mask` [B, 1, n, n]: acc, faded out beyond
-            rendering_kwargs["foreground_depth"] if that is given; and the `features`
-            [B, C, n, n] that super-resolution saw. EG3D's 2X and 4X models add a
-            super-resolution term to their image_raw by mistake; here it is the clean one.
+            rendering_kwargs["foreground_depth"] if that is given; the `features` [B, C, n, n] that
+            super-resolution saw, and the `planes` [B, 3, C, P, P] (not repeated). EG3D's 2X and 4X
+            models add a super-resolution term to their image_raw by mistake; here it is the clean
+            one.
 
         Raises:
             ValueError: `c` does not hold cameras for each of ws, `ws` is of another shape, or n is
@@ -263,6 +272,7 @@ class TriPlaneGenerator(nn.Module):
             "acc": acc,
             "mask": self._foreground(depth, acc),
             "features": features,
+            "planes": planes,
         }
         if superresolve:
             out["image"] = self.superresolution(

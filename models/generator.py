@@ -1,7 +1,7 @@
 """What train.py, render.py and eval.py ask of a generator: the protocol every base implements.
 
 z [B, z_dim], c [B, 25] camera labels, ws [B, num_ws, w_dim] style codes, planes [B, 3, C, P, P];
-images [B, 3, R, R] in [-1, 1].
+images [B, 3, R, R] in [-1, 1]. A generator of pictures without cameras has labels [B, 0].
 """
 
 from __future__ import annotations
@@ -11,11 +11,23 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from models.cameras import CameraSetup
-from models.renderer import Rays
+from models.cameras import CameraSetup, NoCameras
 
 # What a generator makes, by name: "image" and whatever else it `gives`.
 Outputs = dict[str, Tensor]
+
+
+class Draw(Protocol):
+    """All that is random in the render of a batch."""
+
+    @property
+    def leak(self) -> float:
+        """See `renderer.Rays`."""
+        ...
+
+    def cut(self, rows: slice) -> Draw:
+        """Return that of a part of the batch."""
+        ...
 
 
 class Generator(Protocol):
@@ -30,12 +42,19 @@ class Generator(Protocol):
 
     z_dim: int
     img_resolution: int
+    img_channels: int
     gives: frozenset[str]
+    init_kwargs: dict[str, Any]
     rendering_kwargs: dict[str, Any]
 
     @property
-    def cameras(self) -> CameraSetup:
+    def cameras(self) -> CameraSetup | NoCameras:
         """The cameras it was trained with."""
+        ...
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the layers that each of ws feeds."""
         ...
 
     def mapping(self, z: Tensor, c: Tensor, truncation_psi: float = 1.0) -> Tensor:
@@ -43,11 +62,11 @@ class Generator(Protocol):
         ...
 
     def planes(self, ws: Tensor, *, force_fp32: bool = False) -> Tensor:
-        """Return the tri-planes of ws."""
+        """Return the tri-planes of ws; asked of generators that give planes alone."""
         ...
 
-    def rays(self, c: Tensor) -> Rays:
-        """Draw the rays of a render: all that is random in it, for the whole batch."""
+    def rays(self, c: Tensor) -> Draw:
+        """Draw all that is random in a render, such as the rays' jitter, for the whole batch."""
         ...
 
     def synthesis(
@@ -56,11 +75,15 @@ class Generator(Protocol):
         c: Tensor,
         *,
         planes: Tensor | None = None,
-        rays: Rays | None = None,
+        rays: Draw | None = None,
         force_fp32: bool = False,
         **options: Any,
     ) -> Outputs:
         """Render ws from the cameras c; planes and rays that are given are not made again."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all weights and buffers by their official names."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:

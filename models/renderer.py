@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.cameras import split_label
+from models.layers import FullyConnected
 from models.limits import is_number
-from models.stylegan2 import FullyConnected
 
 # Samples evaluated at once [points]. On a CPU a chunk's activations should stay in the cache, but
 # a chunk's backward pass makes a gradient of the planes' size. A GPU wants few launches.

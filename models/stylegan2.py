@@ -1,19 +1,34 @@
-"""StyleGAN2 (arXiv:1912.04958): mapping network, modulated convolutions, synthesis blocks.
+"""StyleGAN2 (arXiv:1912.04958): mapping network, synthesis blocks, generator of pictures.
 
-Names, shapes and order of all parameters and buffers are those of EG3D's checkpoints. Weights are
-stored unscaled and multiplied by their gain at run time (equalised learning rate).
+Names, shapes and order of all parameters and buffers are those of the official checkpoints.
 B batch, C channels, H W pixels, D = w_dim.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-NoiseMode = Literal["const", "random", "none"]
+from models.cameras import NoCameras
+from models.layers import (
+    FullyConnected,
+    NoiseMode,
+    SynthesisLayer,
+    ToRGB,
+    fir_filter,
+    lay_out,
+    normal,
+    unit_rms,
+    upsample2d,
+)
+
 FP16_CLAMP = 256.0  # EG3D clamps the activations of blocks that may run in half precision.
+SIZES = {"z_dim": 1, "c_dim": 0, "w_dim": 1, "img_resolution": 4, "img_channels": 1}  # At least.
+MAX_SIZE = 2**20  # A guard against files.
 MAX_MAPPING_LAYERS = 64  # A guard against files; StyleGAN2 has 8, EG3D 2.
 ANY = object()  # An argument that changes nothing here.
 # Arguments of official files that have one value here.
@@ -27,38 +42,6 @@ FIXED_SYNTHESIS: dict[str, Any] = {
     "fused_modconv_default": ANY,
     "fp16_channels_last": ANY,
 }
-
-
-class FullyConnected(nn.Module):
-    """Linear layer with equalised learning rate, y = act(x W^T lr / sqrt(in) + b lr)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        activation: Literal["linear", "lrelu"] = "linear",
-        lr_multiplier: float = 1.0,
-        bias_init: float = 0.0,
-    ) -> None:
-        """Create the layer; the bias starts at `bias_init`.
-
-        Raises:
-            ValueError: `lr_multiplier` is no gain.
-        """
-        super().__init__()
-        if not 0 < lr_multiplier < math.inf:
-            raise ValueError(f"lr_multiplier must be positive, got {lr_multiplier!r}")
-        self.activation = activation
-        self.weight = nn.Parameter(_normal(out_features, in_features, std=1 / lr_multiplier))
-        self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        with torch.autocast(x.device.type, enabled=False):  # Small, and styles need precision.
-            y = F.linear(x.float(), self.weight * self.weight_gain, self.bias * self.bias_gain)
-        return F.leaky_relu(y, 0.2) * math.sqrt(2) if self.activation == "lrelu" else y
 
 
 class MappingNetwork(nn.Module):
@@ -123,166 +106,6 @@ class MappingNetwork(nn.Module):
         return ws
 
 
-def _normal(*shape: int, std: float = 1.0) -> Tensor:
-    """Draw normal numbers, on the meta device none."""
-    x = torch.empty(shape)
-    return x if x.is_meta else x.normal_(0.0, std)  # Which on meta would import sympy.
-
-
-def unit_rms(x: Tensor) -> Tensor:
-    """Scale the rows of [B, N] to a root mean square of one."""
-    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
-
-
-def lay_out(x: Tensor, weight: Tensor) -> Tensor:
-    """Return activations [B, C, H, W] in the memory layout that convolutions with `weight` like.
-
-    Channels-last makes strided convolutions on a CPU twice as fast, but the gradients of weights
-    six times as slow (oneDNN with AVX2).
-    """
-    learns = torch.is_grad_enabled() and weight.requires_grad
-    contiguous = learns and x.device.type == "cpu"
-    return x.contiguous(
-        memory_format=torch.contiguous_format if contiguous else torch.channels_last
-    )
-
-
-def fir_filter() -> Tensor:
-    """Return the resampling filter of every layer, outer([1, 3, 3, 1]) / 64, [4, 4]."""
-    taps = (1, 3, 3, 1)
-    return torch.tensor([[a * b / 64 for b in taps] for a in taps])
-
-
-def upsample2d(x: Tensor, fir: Tensor) -> Tensor:
-    """Double the size of images [B, C, H, W] by zero insertion and the 4x4 filter `fir`."""
-    kernel = (fir * 4).expand(x.shape[1], 1, 4, 4)
-    with torch.autocast(x.device.type, enabled=False):  # The image so far stays in float32.
-        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fir: Tensor | None) -> Tensor:
-    """Convolve [B, C, H, W] with odd-sized `weight`; `fir` given, double the size on the way."""
-    if fir is None:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-    y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [B, C', 2H + 1, 2W + 1]
-    kernel = (fir * 4).to(y.dtype).expand(y.shape[1], 1, 4, 4)
-    y = F.conv2d(y, kernel, padding=1, groups=y.shape[1])  # [B, C', 2H, 2W]
-    # Not the convolution's own bias: its gradient takes ten times as long on a CPU.
-    return y if bias is None else y.add_(bias[:, None, None].to(y.dtype))
-
-
-def modulated_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    styles: Tensor,
-    gain: float = 1.0,
-    fir: Tensor | None = None,
-) -> Tensor:
-    """Convolve with `weight`, modulated per sample and demodulated; times `gain`, plus `bias`.
-
-    Scales the weights of every sample, or, where they are larger than the activations, those
-    around one shared convolution.
-
-    Args:
-        x: Activations, [B, C, H, W].
-        weight: Shared weights, [C', C, k, k].
-        bias: Added to the result, [C'].
-        styles: Scale of each input channel, [B, C].
-        gain: Scale of the demodulated convolution.
-        fir: Resampling filter [4, 4] to double the size with, or None to keep it.
-
-    Returns:
-        Activations [B, C', H, W] or [B, C', 2H, 2W].
-    """
-    if x.dtype == torch.float16:  # Keep weights and styles near one, as EG3D does.
-        weight = weight / (math.sqrt(weight[0].numel()) * weight.abs().amax((1, 2, 3), True))
-        styles = styles / styles.abs().amax(1, True)
-    energy = styles.square()[:, None] * weight.square().sum((2, 3))  # [B, C', C]
-    demodulation = gain * (energy.sum(dim=2) + 1e-8).rsqrt()  # [B, C']
-
-    if len(x) * weight.numel() < x.numel():
-        weights = weight * styles[:, None, :, None, None] * demodulation[:, :, None, None, None]
-        images = x.split(1) if len(x) > 1 else [x]  # Saves one image a copy, here and below.
-        pairs = zip(images, weights.to(x.dtype), strict=True)
-        parts = [convolve(image, w, bias.to(x.dtype), fir) for image, w in pairs]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-    y = convolve(x * styles[:, :, None, None].to(x.dtype), weight.to(x.dtype), None, fir)
-    return y * demodulation[:, :, None, None].to(y.dtype) + bias.to(y.dtype)[:, None, None]
-
-
-class SynthesisLayer(nn.Module):
-    """Modulated convolution, noise, leaky ReLU."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        w_dim: int,
-        resolution: int,
-        up: int = 1,
-        conv_clamp: float | None = None,
-    ) -> None:
-        """Create the layer; `resolution` is its output's, `up` 1 or 2."""
-        super().__init__()
-        self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
-        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(_normal(out_channels, in_channels, 3, 3))
-        self.noise_strength = nn.Parameter(torch.zeros([]))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.register_buffer("resample_filter", fir_filter())
-        self.register_buffer("noise_const", _normal(resolution, resolution))
-
-    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
-        """Map [B, C, H, W] with styles from w [B, D] to [B, C', R, R], R = `resolution`."""
-        # A leaky ReLU passes positive factors through: its gain sqrt(2) is applied before it.
-        gain = math.sqrt(2)
-        fir = self.resample_filter if self.up == 2 else None
-        x = modulated_conv2d(x, self.weight, self.bias * gain, self.affine(w), gain, fir)
-        if noise_mode == "const":
-            x.add_((self.noise_const * self.noise_strength * gain).to(x.dtype))
-        elif noise_mode == "random":
-            noise = torch.randn(len(x), 1, self.resolution, self.resolution, device=x.device)
-            x.add_((noise * self.noise_strength * gain).to(x.dtype))
-        elif noise_mode != "none":
-            raise ValueError(f"noise_mode must be const, random or none, got {noise_mode!r}")
-        x = F.leaky_relu_(x, 0.2)
-        if self.conv_clamp is None:
-            return x
-        return F.hardtanh(x, -self.conv_clamp, self.conv_clamp, inplace=not x.requires_grad)
-
-
-class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to image channels, without demodulation."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None
-    ) -> None:
-        """Create the layer; results are clamped to +-conv_clamp unless that is None."""
-        super().__init__()
-        self.conv_clamp = conv_clamp
-        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(_normal(out_channels, in_channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        """Map [B, C, H, W] with styles from w [B, D] to float32 images [B, C', H, W]."""
-        styles = self.affine(w) / math.sqrt(x.shape[1])  # [B, C]
-        weight = (self.weight[:, :, 0, 0] * styles[:, None]).to(x.dtype)  # [B, C', C]
-        bias = self.bias.to(x.dtype)
-        # In the layout of x: across it, the last layer of a CPU's training took 30 times as long.
-        if x.is_contiguous():
-            rgb = torch.baddbmm(bias[:, None], weight, x.flatten(2))  # [B, C', HW]
-            rgb = rgb.unflatten(2, x.shape[2:])  # [B, C', H, W]
-        else:
-            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, HW, C]
-            rgb = torch.baddbmm(bias, pixels, weight.transpose(1, 2))  # [B, HW, C']
-            rgb = rgb.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [B, C', H, W]
-        if self.conv_clamp is not None:
-            rgb = F.hardtanh_(rgb, -self.conv_clamp, self.conv_clamp)
-        return rgb.float()
-
-
 class SynthesisBlock(nn.Module):
     """One resolution: two layers and a contribution to the image (StyleGAN2's skip design)."""
 
@@ -301,7 +124,7 @@ class SynthesisBlock(nn.Module):
         super().__init__()
         self.up, self.use_fp16 = up, use_fp16
         if in_channels == 0:  # The first block starts from a learned constant.
-            self.const = nn.Parameter(_normal(out_channels, resolution, resolution))
+            self.const = nn.Parameter(normal(out_channels, resolution, resolution))
         self.register_buffer("resample_filter", fir_filter())
         if in_channels:
             self.conv0 = SynthesisLayer(
@@ -365,7 +188,7 @@ class SynthesisNetwork(nn.Module):
         super().__init__()
         log2_resolution = int(math.log2(img_resolution))
         if img_resolution < 4 or 2**log2_resolution != img_resolution:
-            raise ValueError(f"plane resolution must be a power of 2 >= 4, got {img_resolution}")
+            raise ValueError(f"resolution must be a power of 2 >= 4, got {img_resolution}")
         self.resolutions = [2**i for i in range(2, log2_resolution + 1)]
         self.num_ws = 2 * len(self.resolutions)
 
@@ -384,6 +207,17 @@ class SynthesisNetwork(nn.Module):
             )
             setattr(self, f"b{resolution}", block)
             in_channels = out_channels
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the layers that each of ws feeds."""
+        names: list[tuple[str, ...]] = [()] * self.num_ws
+        first = 0
+        for resolution in self.resolutions:
+            for i, layer in enumerate(("conv0", "conv1", "torgb")[resolution == 4 :], first):
+                names[i] += (f"b{resolution}.{layer}",)
+            first = i
+        return names
 
     def forward(self, ws: Tensor, noise_mode: NoiseMode, force_fp32: bool = False) -> Tensor:
         """Map ws [B, num_ws, D] to an image [B, img_channels, R, R]."""
@@ -425,19 +259,53 @@ class ImageSynthesis(SynthesisNetwork):
     """Style codes to what the scripts ask of a generator: outputs by name."""
 
     def forward(
-        self, ws: Tensor, noise_mode: NoiseMode = "const", force_fp32: bool = False
+        self,
+        ws: Tensor,
+        c: Tensor | None = None,
+        noise_mode: NoiseMode = "const",
+        force_fp32: bool = False,
+        rays: NoRays | None = None,
+        planes: None = None,
     ) -> dict[str, Tensor]:
-        """Map ws [B, num_ws, D] to `image` [B, 3, R, R], which may leave [-1, 1]."""
+        """Map ws to pictures.
+
+        Args:
+            ws: Style codes, [B, num_ws, D].
+            c: Empty labels, [B, 0], or K for each of ws, [B, K, 0]: so many equal pictures.
+            noise_mode: Per-pixel noise: stored, drawn afresh, or none.
+            force_fp32: No half precision.
+            rays: Of generators with cameras; without effect here, like `planes`.
+            planes: See `rays`.
+
+        Returns:
+            `image` [B, 3, R, R], which may leave [-1, 1], or [B * K, 3, R, R].
+
+        Raises:
+            ValueError: `ws` is of another shape.
+        """
         if ws.ndim != 3 or ws.shape[1] != self.num_ws:
             raise ValueError(f"ws must be [B, {self.num_ws}, w_dim], got {list(ws.shape)}")
-        return {"image": super().forward(ws, noise_mode, force_fp32)}
+        image = super().forward(ws, noise_mode, force_fp32)
+        copies = c.shape[1] if c is not None and c.ndim == 3 else 1
+        return {"image": image.repeat_interleave(copies, dim=0) if copies > 1 else image}
+
+
+@dataclass(frozen=True)
+class NoRays:
+    """What is random in pictures without cameras: nothing, in any part of a batch."""
+
+    leak: float = 0.0
+
+    def cut(self, rows: slice) -> NoRays:
+        """Return itself."""
+        return self
 
 
 class StyleGAN2Generator(Generator):
     """StyleGAN2 for pictures, with the keys and arguments of its official files.
 
-    `mapping(z, c, truncation_psi, truncation_cutoff)` returns ws, `synthesis(ws, noise_mode)` the
-    pictures by name, and a call does both.
+    `mapping(z, c, truncation_psi, truncation_cutoff)` returns ws, `synthesis(ws, noise_mode=...)`
+    the pictures by name, and a call does both.
     """
 
     synthesis_class = ImageSynthesis
@@ -474,6 +342,10 @@ class StyleGAN2Generator(Generator):
             ValueError: an argument has a value that no network here can have.
         """
         arguments = {k: v for k, v in locals().items() if k not in ("self", "flat", "__class__")}
+        for name, least in SIZES.items():
+            value = arguments[name]
+            if not (isinstance(value, int) and least <= value <= MAX_SIZE):
+                raise ValueError(f"{name} must be {least} to {MAX_SIZE}, got {value!r}")
         if synthesis_kwargs is None:
             synthesis = {"num_fp16_res": 4, "conv_clamp": FP16_CLAMP} | flat
         elif flat:
@@ -493,6 +365,31 @@ class StyleGAN2Generator(Generator):
         self.init_kwargs = {k: v for k, v in (arguments | flat).items() if v is not None}
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.neural_rendering_resolution = img_resolution
+        self.rendering_kwargs: dict[str, Any] = {}
+
+    @property
+    def cameras(self) -> NoCameras:
+        """It has none.
+
+        Raises:
+            ValueError: the network wants a class in their place.
+        """
+        if self.c_dim:
+            raise ValueError(
+                f"the generator wants one of {self.c_dim} classes with every code; only networks "
+                "without classes can be used here"
+            )
+        return NoCameras()
+
+    @property
+    def layers(self) -> list[tuple[str, ...]]:
+        """Names of the layers that each of ws feeds."""
+        return [tuple(f"synthesis.{name}" for name in names) for names in self.synthesis.layers]
+
+    def rays(self, c: Tensor) -> NoRays:
+        """Draw all that is random in a picture: nothing."""
+        return NoRays()
 
     def forward(
         self,
@@ -505,7 +402,7 @@ class StyleGAN2Generator(Generator):
     ) -> Tensor:
         """Map z [B, z_dim] and labels c [B, c_dim] to images [B, 3, R, R]."""
         ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise_mode, force_fp32)["image"]
+        return self.synthesis(ws, noise_mode=noise_mode, force_fp32=force_fp32)["image"]
 
 
 def _without(given: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.stylegan2 import FP16_CLAMP, NoiseMode, SynthesisBlock, fir_filter, lay_out
+from models.layers import NoiseMode, fir_filter, lay_out
+from models.stylegan2 import FP16_CLAMP, SynthesisBlock
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from harness.pictures import to_uint8
 from harness.store import atomic_write
 from models.cameras import CameraSetup
+from models.layers import unit_rms
 from puppets.domains import DOMAINS, ODD_HAIR, SOURCE, TARGETS
 from puppets.heads import Z_DIM, caption, render
 
@@ -27,6 +28,7 @@ SHARD = 128
 VALIDATION = 10_000  # Shards from this number on are never trained on.
 CAMERAS = CameraSetup(yaw_range=0.6, pitch_range=0.3, distribution="uniform")
 DOMAIN_NAMES = tuple(DOMAINS)
+FLAT_Z_DIM = Z_DIM + 2  # Of a generator of pictures without cameras: the view is in its code too.
 
 
 @dataclass
@@ -79,6 +81,21 @@ def draw_shard(index: int) -> dict[str, np.ndarray]:
 def to_images(pixels: np.ndarray) -> Tensor:
     """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def split_code(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a code of pictures without cameras means: a head, and where it is seen from.
+
+    Args:
+        z: Normal numbers, of which only the direction matters, [B, 18].
+
+    Returns:
+        The head's own code [B, 16], and camera labels [B, 25], uniform over the range of CAMERAS.
+    """
+    z = unit_rms(z)
+    share = torch.special.ndtr(z[:, Z_DIM:]) * 2 - 1  # [B, 2] in (-1, 1).
+    width = torch.tensor([CAMERAS.yaw_range, CAMERAS.pitch_range])
+    return z[:, :Z_DIM], CAMERAS.label(*(share * width).T)
 
 
 def load(

@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from config import settings
 from files.generators import load_generator, save_generator
+from guides import Guides
 from harness.run_folder import claim_run, locate
 from models.features import ClipFeatures
 from models.generator import Generator
@@ -28,8 +29,8 @@ from puppets import oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS
 from puppets.heads import render
-from samples import Pool, draw_heads, draw_samples, step_seed
-from terms import Guides, Seen
+from samples import Pool, draw_heads, step_seed
+from terms import Seen
 
 BATCH = 8  # Pictures that the prior paints at once.
 
@@ -153,7 +154,7 @@ def painted(source: evaluation.Source, truth: oracle.Truth, domain: str) -> eval
         parts = []
         for part in tqdm(torch.arange(len(c)).split(BATCH), desc=name, unit="batch", leave=False):
             torch.manual_seed(part[0].item())
-            outputs = draw_samples(G_src, ws[part], c[part], G_src.rays(c[part]))
+            outputs = G_src.synthesis(ws[part], c[part])
             parts.append(Seen(guides, outputs).painted.outputs["image"])
         return torch.cat(parts)
 

@@ -32,7 +32,8 @@ def test_presets_settle_every_option_and_no_table_undoes_another(base, method):
     cfg = preset(base, method)
     assert {field.name for field in fields(Config)} == vars(cfg).keys()
     assert None not in vars(cfg).values()
-    tables = config.BASES[base], config.METHODS[method], config.NUMBERS[base][method]
+    methods = config.METHODS_2D if base in config.FLAT else config.METHODS
+    tables = config.BASES[base], methods[method], config.NUMBERS[base][method]
     names = [name for table in tables for name in table]
     assert len(set(names)) == len(names)
     known = {field.name for cls in (Config, Weights) for field in fields(cls)}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny_generator import even_samples, small_generator
 
 from models.eg3d import TriPlaneGenerator
-from models.stylegan2 import SynthesisLayer, ToRGB, modulated_conv2d
+from models.layers import SynthesisLayer, ToRGB, modulated_conv2d
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_networks_and_gradients_are_on_the_device(tmp_path):
     cfg = train.Config(**options(tmp_path / "run", device=DEVICE))
     device = torch.device(DEVICE)
     G = train.load_generator(cfg.generator, device)
-    guides = terms.Guides.load(cfg, G, None, device)
+    guides = terms.load_guides(cfg, G, None, device)
     step = train.prepare(cfg, G, guides)
     train.take_step(step, 1)
     assert isinstance(step.G, TriPlaneGenerator) and world().exists()

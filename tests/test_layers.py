@@ -10,7 +10,7 @@ FLOORS = {
     "harness": 0,
     **dict.fromkeys(("config", "models"), 1),
     **dict.fromkeys(("files", "losses", "metrics"), 2),
-    **dict.fromkeys(("terms", "samples", "render"), 3),
+    **dict.fromkeys(("guides", "terms", "samples", "render"), 3),
     **dict.fromkeys(("train", "eval", "convert"), 4),
     "bench": 5,
     "puppets": 6,

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import eval as evaluation
 import train
 from files.generators import load_generator
+from guides import Guides
 from harness.run_folder import REPOSITORY
 from models.fingerprints import fingerprint_generator
 from puppets import experiments, heads, limits, oracle
 from puppets.data import CAMERAS
 from samples import draw_heads, step_seed
-from terms import Guides
 
 N = 8
 

@@ -17,6 +17,7 @@ import terms
 import train
 from config import Config, Weights
 from files.generators import load_generator, save_generator
+from guides import Guides, load_prior, resize
 from harness.pictures import read_picture, to_image
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
@@ -55,7 +56,7 @@ def prepared(cfg):
     """Return a run of the tiny world before its first step."""
     G = load_generator(cfg.generator)
     reference = torch.cat([to_image(read_picture(path)) for path in cfg.image] or [torch.empty(0)])
-    guides = terms.Guides.load(cfg, G, reference if cfg.image else None, torch.device("cpu"))
+    guides = terms.load_guides(cfg, G, reference if cfg.image else None, torch.device("cpu"))
     return train.prepare(cfg, G, guides)
 
 
@@ -131,14 +132,14 @@ def test_dsds_sees_depth_and_mask_where_they_are_on(monkeypatch, tmp_path, chang
 
 def test_depth_condition_shows_a_foreground(monkeypatch, tmp_path):
     conditions = []
-    condition = terms.DiffusionPrior.depth_condition
+    condition = DiffusionPrior.depth_condition
 
     def spy(prior, depth, mask):
         assert (mask > 0.5).any() and (mask < 0.5).any()
         conditions.append(condition(prior, depth, mask))
         return conditions[-1]
 
-    monkeypatch.setattr(terms.DiffusionPrior, "depth_condition", spy)
+    monkeypatch.setattr(DiffusionPrior, "depth_condition", spy)
     run(tmp_path, steps=2)
     assert len(conditions) == 2
     assert all(shown.amax((1, 2, 3)).min() > 0.5 for shown in conditions)
@@ -200,9 +201,7 @@ def moment():
     G_src = build_generator()
     ws = G_src.mapping(torch.randn(2, G_src.z_dim), G_src.cameras.frontal(2))
     c = G_src.cameras.sample(2)
-    source, adapted = (
-        {"planes": G.planes(ws)} | G.synthesis(ws, c) for G in (G_src, build_generator(1))
-    )
+    source, adapted = (G.synthesis(ws, c) for G in (G_src, build_generator(1)))
     for out in (source, adapted):
         out["image"] = 3 * out["image"]  # Beyond -1 and 1.
     noise, t = torch.randn(2, 2, *prior.latent_shape), torch.tensor([100, 700])
@@ -210,7 +209,7 @@ def moment():
     def make(**changes):
         cfg = Config(**changes)
         reference = picture if cfg.image else None
-        guides = terms.Guides(cfg, G_src, clip, prior, vit, reference)
+        guides = Guides(cfg, G_src, clip, prior, vit, reference)
         everyone = terms.Everyone(adapted["planes"], source["planes"])
         now = terms.Moment(guides, terms.Seen(guides, source), t, noise, 0.5, everyone)
         return now, adapted, picture
@@ -242,7 +241,7 @@ def test_terms_of_stylegan_fusion_are_the_losses_of_its_paper(moment):
     quarters = [round(vit.depth * share) for share in (0.25, 0.5, 0.75, 1)]
 
     def latents(images):
-        return prior.encode_images(terms.resize(images.clamp(-1, 1), prior.image_size))
+        return prior.encode_images(resize(images.clamp(-1, 1), prior.image_size))
 
     def noisy(out, noise):
         pair = (prior, latents(out["image"]), latents(source["image"]))
@@ -274,7 +273,7 @@ def test_terms_of_diffusiongan3d_are_the_losses_of_its_paper(moment):
     now, adapted, _ = moment(edit="a person with green hair", method="diffusiongan3d")
     prior, source = now.guides.prior, now.source.outputs
     words = Condition(prior.encode_text(["a photo of a person", "a person with green hair"]))
-    latents_src = prior.encode_images(terms.resize(source["image"], prior.image_size))
+    latents_src = prior.encode_images(resize(source["image"], prior.image_size))
     mask = losses.edit_mask(prior, latents_src, words, now.noise[0], (0.1, 0.3))
     planes = adapted["planes"], source["planes"]
     check_terms(
@@ -356,7 +355,7 @@ def test_adapters_are_loaded_where_a_run_uses_them(changes, loaded, monkeypatch)
     monkeypatch.setattr(DiffusionPrior, "from_pretrained", load)
     cfg = Config(**{"controlnet": "depth", "ip_adapter": "picture"} | changes)
     with pytest.raises(InterruptedError):
-        terms.load_prior(cfg, torch.device("cpu"))
+        load_prior(cfg, torch.device("cpu"))
 
 
 def test_picture_needs_an_adapter_for_it(tmp_path):
@@ -374,7 +373,7 @@ def test_clip_direction_leads_from_the_source_to_the_target(targets):
     pictures = torch.rand(count, 3, 40, 40) * 2 - 1
     prompt = "a bronze statue" if targets in ("words", "both") else ""
     cfg = Config(prompt=prompt, image=("x",) * count, method="nada")
-    guides = terms.Guides(cfg, G, clip, reference=pictures if count else None)
+    guides = Guides(cfg, G, clip, reference=pictures if count else None)
     assert guides.direction.norm().item() == pytest.approx(1)
     ways = []
     if prompt:
@@ -389,17 +388,17 @@ def test_clip_direction_leads_from_the_source_to_the_target(targets):
 def test_a_target_that_means_the_source_is_refused(monkeypatch):
     clip = ClipFeatures.from_pretrained(world() / "clip")
     monkeypatch.setattr(clip, "text", lambda texts: torch.ones(len(texts), 4))
-    guides = terms.Guides(Config(prompt="a photo of persons", method="nada"), None, clip)
+    guides = Guides(Config(prompt="a photo of persons", method="nada"), None, clip)
     with pytest.raises(ValueError, match="the target is the source"):
         _ = guides.direction
 
 
 def test_mean_embedding_is_that_of_many_samples(monkeypatch):
     clip = ClipFeatures.from_pretrained(world() / "clip")
-    guides = terms.Guides(Config(prompt="x"), build_generator(), clip)
+    guides = Guides(Config(prompt="x"), build_generator(), clip)
     means = [guides.mean_embedding() for _ in range(2)]
     assert torch.equal(*means) and means[0].norm() < 1
-    monkeypatch.setattr(terms, "REFERENCE_SAMPLES", 2)
+    monkeypatch.setattr("guides.REFERENCE_SAMPLES", 2)
     assert not torch.equal(guides.mean_embedding(), means[0])
 
 

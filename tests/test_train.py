@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from tiny_run import arguments, build_generator, contents, hurry, run, world
 
+import guides
 import samples
 import terms
 import train
 from config import METHODS as METHOD_ROWS
 from files.generators import load_generator
+from guides import Guides, resize
 from harness.checkpoints import load_checkpoint
 from losses import dsds_loss, hsc_loss, source_noise
 from models.diffusion import DiffusionPrior, depth_condition
@@ -103,13 +105,13 @@ def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, unbroken_painted
 
 def test_every_target_is_painted_once(tmp_path, monkeypatch, unbroken_painted):
     painted = []
-    paint = terms.Guides.paint
+    paint = Guides.paint
 
     def spy(guides, source, latents_src):
         painted.append(source["image"])
         return paint(guides, source, latents_src)
 
-    monkeypatch.setattr(terms.Guides, "paint", spy)
+    monkeypatch.setattr(Guides, "paint", spy)
     assert run(tmp_path / "run", **PAINTED) == unbroken_painted
     assert len(painted) == 4  # Draws 1 and 2 for four steps, 3 and 4 for the last two.
     assert all(not torch.equal(a, b) for a, b in pairwise(painted))
@@ -306,7 +308,7 @@ def test_kill_at_a_random_moment_twenty_times_loses_nothing(tmp_path):
 def trained(monkeypatch, tmp_path, **changes):
     """Run, and return the source generator, the one that learned, and the frozen prior if any."""
     made = {}
-    learn, load, load_prior = train.learning_weights, train.load_generator, terms.load_prior
+    learn, load, load_prior = train.learning_weights, train.load_generator, guides.load_prior
 
     def spy(name, function):
         def call(*args):
@@ -318,7 +320,7 @@ def trained(monkeypatch, tmp_path, **changes):
 
     monkeypatch.setattr(train, "learning_weights", spy("G", learn))
     monkeypatch.setattr(train, "load_generator", spy("G_src", load))
-    monkeypatch.setattr(terms, "load_prior", spy("prior", load_prior))
+    monkeypatch.setattr(guides, "load_prior", spy("prior", load_prior))
     run(tmp_path / "run", **changes)
     return made["G_src"], made["G"], made.get("prior")
 
@@ -437,7 +439,7 @@ def test_a_step_is_the_equation_worked_out_by_hand(tmp_path):
     condition = prior.condition("a bronze statue", None, 1.0, 1.0)
     depth = depth_condition(source["image_depth"], mask, prior.image_size)
     latents, latents_src = (
-        prior.encode_images(terms.resize(x, prior.image_size)) for x in (images, source["image"])
+        prior.encode_images(resize(x, prior.image_size)) for x in (images, source["image"])
     )
     condition_src = prior.condition("a photo of a person", None, 1.0, 1.0)
     baseline = source_noise(prior, latents_src, condition_src, t, noise, 3.0, depth)
@@ -472,7 +474,7 @@ def test_times_fill_the_annealed_range():
     cfg = train.Config(prompt="x", t_range=(0.1, 0.8), t_end=0.4, batch=20_000, steps=100)
 
     def draw(cfg, step):
-        guides = terms.Guides(cfg, None, None, prior)
+        guides = Guides(cfg, None, None, prior)
         return samples.draw_times(cfg, guides, step)
 
     for step, highest in [(0, 799), (50, 599), (100, 399)]:

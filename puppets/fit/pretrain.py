@@ -1,10 +1,10 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
 First `python -m puppets.data`, then `python -m puppets.fit.pretrain PART` with PART one of clip,
-vae, unet, ip-adapter, dino, oracle, generator. The UNet needs CLIP and VAE, the IP-Adapter the
-UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt` every three minutes; the
-finished part is written in the formats of real checkpoints to `checkpoints/puppets`, and its
-validation figures to REPORT.md there.
+vae, unet, ip-adapter, dino, oracle, generator, generator2d. The UNet needs CLIP and VAE, the
+IP-Adapter the UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt` every three
+minutes; the finished part is written in the formats of real checkpoints to `checkpoints/puppets`
+(generator2d: `checkpoints/puppets2d`), and its validation figures to REPORT.md there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DIFFUSION = OUT / "diffusion"
 EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 SAVE_SECONDS = 180
 WARM_RATE = 0.4  # Times the learning rate: the full one would undo what a warm start knows.
-Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator"]
+Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator", "generator2d"]
 
 
 @dataclass
@@ -167,9 +167,11 @@ def warm_start(cfg: Config, module: nn.Module, file: Path) -> None:
         module.load_state_dict({k: v.float() for k, v in load_file(file).items()})
 
 
-def report(part: str, cfg: Config, minutes: float, figures: dict[str, float | str]) -> None:
-    """Replace one part's section of REPORT.md."""
-    path = OUT / "REPORT.md"
+def report(
+    part: str, cfg: Config, minutes: float, figures: dict[str, float | str], folder: Path = OUT
+) -> None:
+    """Replace one part's section of a folder's REPORT.md."""
+    path = folder / "REPORT.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() else "# How the embedded checkpoints were made\n"
     sections = {s.split("\n", 1)[0]: s for s in text.split("\n## ")}
@@ -191,10 +193,10 @@ def percent(right: Tensor) -> str:
     return f"{100 * right.float().mean():.1f} %"
 
 
-def save_sheet(name: str, rows: list[Tensor]) -> None:
+def save_sheet(name: str, rows: list[Tensor], folder: Path = OUT) -> None:
     """Write a contact sheet: rows of pictures [N, 3, H, W] below each other."""
-    (OUT / "sheets").mkdir(parents=True, exist_ok=True)
-    save_image(image_grid(rows, columns=len(rows[0])), OUT / "sheets" / f"{name}.png")
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    save_image(image_grid(rows, columns=len(rows[0])), folder / "sheets" / f"{name}.png")
 
 
 def main(cfg: Config) -> None:
