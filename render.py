@@ -149,12 +149,13 @@ def main(cfg: Config) -> None:
     for name in ("depth", "orbit", "mesh"):
         if getattr(cfg, name) and "image_depth" not in G.gives:
             raise ValueError(f"--{name} needs a generator with cameras, and {cfg.ckpt} has none")
+    yaws = sides(G)  # Before anything is written, since it refuses what cannot be seen.
     make_folder(cfg.out)
     networks = [G] if G_src is None else [G_src, G]
 
     for seed in tqdm(seeds, unit="seed"):
         subjects = [seed_to_subject(network, seed, cfg.trunc) for network in networks]
-        stills = views(subjects[-1], sides(G))
+        stills = views(subjects[-1], yaws)
         save_image(image_grid([stills["image"]]), cfg.out / still_name(seed))
         if cfg.depth:
             depth = depth_images(stills["image_depth"], stills["mask"])

@@ -22,7 +22,7 @@ from models.layers import fir_filter
 from models.stylegan2 import MappingNetwork, StyleGAN2Generator
 
 MEAN_OF = 4096  # Codes whose mean stands for a missing w_avg, as in StyleGAN-Fusion.
-MAX_RESOLUTION = 4096  # A guard against files.
+MAX_RESOLUTION = 2048  # A guard against files.
 LAYER = {  # Parts of a layer there, and what they are called here.
     "conv.weight": "weight",
     "conv.modulation.weight": "affine.weight",
@@ -120,7 +120,7 @@ def official_name(name: str) -> str:
 
 def layer_name(number: int) -> str:
     """Return the official name of a 3x3 layer by its number, from coarse to fine."""
-    return f"b{4 << (number + 1) // 2}.conv{number % 2 if number else 1}"
+    return f"b{4 << (number + 1) // 2}.conv{(number + 1) % 2}"
 
 
 def arguments(content: State) -> dict:

@@ -346,6 +346,9 @@ class StyleGAN2Generator(Generator):
             value = arguments[name]
             if not (isinstance(value, int) and least <= value <= MAX_SIZE):
                 raise ValueError(f"{name} must be {least} to {MAX_SIZE}, got {value!r}")
+        for name in ("mapping_kwargs", "synthesis_kwargs"):
+            if not isinstance(arguments[name], dict | None):
+                raise ValueError(f"{name} must be a dict, got {arguments[name]!r}")
         if synthesis_kwargs is None:
             synthesis = {"num_fp16_res": 4, "conv_clamp": FP16_CLAMP} | flat
         elif flat:

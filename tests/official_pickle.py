@@ -1,4 +1,4 @@
-"""Writes generators as EG3D's training writes them: the bytes of its .pkl, from stand-in classes.
+"""Writes generators as NVIDIA's trainings do: the bytes of a .pkl, from stand-in classes.
 
 The classes here bear the names of EG3D's and hold nothing but state, so no file written by them
 carries EG3D's source text: where that would be is `SOURCE`, which leaves a trace if it is executed.
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from models.eg3d import TriPlaneGenerator
+from models.stylegan2 import StyleGAN2Generator
 
 SOURCE = "import os\nos.mkdir('executed')\n" * 20
 ATTRIBUTES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "rendering_kwargs")
@@ -98,21 +99,28 @@ def official_modules():
     return mock.patch.dict(sys.modules, modules)
 
 
-def pack(G: TriPlaneGenerator) -> Persistent:
-    """Return a generator as a tree of stand-ins, in EG3D's order."""
-    attributes = {name: getattr(G, name) for name in ATTRIBUTES}
-    root = Persistent(
-        "TriPlaneGenerator",
-        **attributes,
-        neural_rendering_resolution=G.neural_rendering_resolution,
-        _init_args=(),
-        _init_kwargs=EasyDict(G.init_kwargs),
-        _last_planes=torch.zeros(2, 3),
-    )
-    root.renderer = ImportanceRenderer()
-    root.renderer.ray_marcher = MipRayMarcher2()
-    root.renderer.__dict__["plane_axes"] = G.plane_axes.clone()
-    root.ray_sampler = RaySampler()
+def pack(G: TriPlaneGenerator | StyleGAN2Generator) -> Persistent:
+    """Return a generator as a tree of stand-ins, in the order of its official code."""
+    if isinstance(G, StyleGAN2Generator):
+        root = Persistent(
+            "Generator",
+            **{name: getattr(G, name) for name in (*ATTRIBUTES[:5], "num_ws")},
+            _init_args=(),
+            _init_kwargs=EasyDict(easy(G.init_kwargs)),
+        )
+    else:
+        root = Persistent(
+            "TriPlaneGenerator",
+            **{name: getattr(G, name) for name in ATTRIBUTES},
+            neural_rendering_resolution=G.neural_rendering_resolution,
+            _init_args=(),
+            _init_kwargs=EasyDict(G.init_kwargs),
+            _last_planes=torch.zeros(2, 3),
+        )
+        root.renderer = ImportanceRenderer()
+        root.renderer.ray_marcher = MipRayMarcher2()
+        root.renderer.__dict__["plane_axes"] = G.plane_axes.clone()
+        root.ray_sampler = RaySampler()
     parameters = dict(G.named_parameters())
     for key, value in G.state_dict().items():
         *path, name = key.split(".")
@@ -125,8 +133,14 @@ def pack(G: TriPlaneGenerator) -> Persistent:
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
         else:
             module.register_buffer(name, value.clone())
-    root.backbone.register_buffer("scratch", torch.zeros(2), persistent=False)
+    first = next(iter(root._modules.values()))
+    first.register_buffer("scratch", torch.zeros(2), persistent=False)
     return root.eval()
+
+
+def easy(settings: dict) -> dict:
+    """Return settings whose dicts are of the official class, as training has them."""
+    return {k: EasyDict(v) if isinstance(v, dict) else v for k, v in settings.items()}
 
 
 def stand_in(G: TriPlaneGenerator, path: str) -> nn.Module:

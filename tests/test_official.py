@@ -1,4 +1,4 @@
-"""EG3D's own files: what is read from them, what is refused, and that nothing in them is run."""
+"""Official files: what is read from them, what is refused, and that nothing in them is run."""
 
 import json
 import os
@@ -36,6 +36,7 @@ from files.generators import load_generator, save_generator
 from files.official import read_official_pickle
 from files.pickles import OPCODES, Stored, read_pickle, read_saved, to_numbers
 from models.eg3d import TriPlaneGenerator
+from models.stylegan2 import StyleGAN2Generator
 
 DATA = Path(__file__).parent / "data"
 
@@ -71,6 +72,47 @@ def test_pickle_becomes_the_generator_it_was_made_of():
     assert loaded.rendering_kwargs == {"foreground_depth": 2.85} | G.rendering_kwargs
     assert loaded.neural_rendering_resolution == 12
     assert not loaded.training and not any(w.requires_grad for w in loaded.parameters())
+
+
+def stylegan2(flat=False, **changes):
+    """Return a small StyleGAN2, with the arguments of stylegan2-ada-pytorch or of stylegan3."""
+    kwargs = dict(z_dim=8, c_dim=0, w_dim=8, img_resolution=16, img_channels=3) | changes
+    synthesis = {"channel_base": 64, "channel_max": 8, "num_fp16_res": 2, "conv_clamp": 256}
+    synthesis = synthesis if flat else {"synthesis_kwargs": synthesis}
+    torch.manual_seed(0)
+    return StyleGAN2Generator(**kwargs, mapping_kwargs={"num_layers": 2}, **synthesis)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_stylegan2_is_read_as_it_was_written(protocol, flat):
+    for G in (stylegan2(flat), stylegan2(flat, c_dim=3)):
+        loaded = load_generator(write(content_of(G), protocol=protocol))
+        assert type(loaded) is StyleGAN2Generator and loaded.init_kwargs == G.init_kwargs
+        state = loaded.state_dict()
+        assert list(state) == list(G.state_dict())
+        assert all(torch.equal(state[name], value) for name, value in G.state_dict().items())
+        save_generator(loaded, Path("g.safetensors"))
+        assert load_generator("g.safetensors").init_kwargs == G.init_kwargs
+
+
+def test_arguments_of_converted_files_are_read():
+    content = content_of(stylegan2())
+    kwargs = content["G_ema"].__dict__["_init_kwargs"]
+    kwargs["mapping_kwargs"] |= {
+        "embed_features": None,
+        "layer_features": 8,
+        "activation": "lrelu",
+        "lr_multiplier": 0.01,
+        "w_avg_beta": 0.995,
+    }
+    kwargs["synthesis_kwargs"] |= {"architecture": "skip", "resample_filter": [1, 3, 3, 1]}
+    kwargs["synthesis_kwargs"] |= {"use_noise": True, "activation": "lrelu"}
+    assert load_generator(write(content)).mapping.w_avg_beta == 0.995
+    kwargs["synthesis_kwargs"]["architecture"] = "resnet"
+    assert "architecture must be 'skip', got 'resnet'" in refuse(write(content))
+    kwargs["synthesis_kwargs"] = EasyDict(channel_base=64, blur=True)
+    assert "blur" in refuse(write(content))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -1039,7 +1081,11 @@ def few_modules():
 
 @pytest.mark.parametrize(
     ("make", "count", "well"),
-    [(few_modules, 3000, "Missing key"), (lambda: content_of(build_generator()), 150, "read")],
+    [
+        (few_modules, 3000, "Missing key"),
+        (lambda: content_of(build_generator()), 150, "read"),
+        (lambda: content_of(stylegan2()), 150, "read"),
+    ],
 )
 def test_mutants_are_read_or_refused_and_never_run(make, count, well):
     """Of few modules no generator can be built, so its mutants are well if the keys are missed."""
@@ -1062,11 +1108,11 @@ STRANGE = [None, True, -1, 0.5, 2**40, float("nan"), "x" * 1000, [], {}, [{}], l
 STRANGE += [torch.ones(2), torch.ones(10_000), np.ones(2), Persistent("Other"), Path("file")]
 
 
-def misbuilt(rng):
+def misbuilt(rng, make):
     """Return content in which one to three things of the generator are something else."""
-    G = pack(build_generator())
+    G = pack(make())
     content = {"G_ema": G}
-    places = [G.rendering_kwargs, G._init_kwargs, G.__dict__, content]
+    places = [getattr(G, "rendering_kwargs", {}), G._init_kwargs, G.__dict__, content]
     for module in G.modules():
         places += [module.__dict__, module._parameters, module._buffers, module._modules]
     for _ in range(rng.randint(1, 3)):
@@ -1076,11 +1122,12 @@ def misbuilt(rng):
     return content
 
 
-def test_misbuilt_generators_are_read_or_refused():
+@pytest.mark.parametrize("make", [build_generator, stylegan2])
+def test_misbuilt_generators_are_read_or_refused(make):
     rng = random.Random(0)
     outcomes = []
     for _ in range(60):
-        path = write(misbuilt(rng))
+        path = write(misbuilt(rng, make))
         with little_time_and_memory():
             try:
                 load_generator(path)
@@ -1096,6 +1143,7 @@ import json, re, sys, time
 import torch
 from files.generators import load_generator
 from models.eg3d import TriPlaneGenerator
+from models.stylegan2 import StyleGAN2Generator
 
 def state():
     peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
