@@ -299,7 +299,8 @@ class World:
     @cached_property
     def now(self) -> terms.Moment:
         """The source's renders, times and noise, half-way through a run."""
-        source = self.G_src.synthesis(self.ws, self.c)
+        rays = self.G_src.rays(self.c)
+        source = samples.draw_samples(self.G_src, self.ws, self.c, rays)
         times = samples.draw_times(self.cfg, self.guides, self.cfg.steps // 2).to(self.device)
         noise = samples.draw_noise(self.cfg, self.guides).to(self.device)
         return terms.Moment(self.guides, terms.Seen(self.guides, source), times, noise, 0.5)

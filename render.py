@@ -5,9 +5,10 @@
     python render.py --ckpt runs/a-bronze-statue --seeds 0-3 --orbit 120 --mesh 256
     python render.py --ckpt stylegan2-ffhq.pkl --seeds 0-7 --interpolate 30
 
-Writes seed0000.png, ... (three views side by side; one, where the generator has no cameras), with
---depth also seed0000_depth.png (near is bright), and for a run grid.png: the source generator's
-pictures, below each the adapted one (left out, with a warning, where the source generator is gone).
+Writes seed0000.png, ... (three views side by side; five of a generator that sees heads from all
+sides, one of a generator without cameras), with --depth also seed0000_depth.png (near is bright),
+and for a run grid.png: the source generator's pictures, below each the adapted one (left out, with
+a warning, where the source generator is gone).
 --orbit writes seed0000.webp: the head turning, an animation that loops; of a run source and
 adapted side by side. --interpolate writes interpolation.webp: from seed to seed and back to the
 first. --mesh writes seed0000.ply: the surface with colours, in world units.
@@ -134,6 +135,7 @@ from models.generator import Generator, Outputs
 from models.mesh import extract_mesh, save_mesh
 
 VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
+VIEWS_ROUND = (0.0, -pi / 4, -pi / 2, -3 * pi / 4, -pi)  # As in PanoHead's.
 PITCH = -0.2
 
 
@@ -259,7 +261,9 @@ def views(subject: Subject, yaws: tuple[float, ...]) -> Outputs:
 
 
 def sides(G: Generator) -> tuple[float, ...]:
-    """Return the yaws of the views in a still: three, or one of a generator that cannot turn."""
+    """Return the yaws of the views in a still: three, five all round, one of what cannot turn."""
+    if G.cameras.all_round:
+        return VIEWS_ROUND
     return VIEWS if G.cameras.yaw_range else (0.0,)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from config import SCORE_DISTILLATION, Config
 from guides import Guides
 from harness import ranks
-from models.generator import Draw, Generator
+from models.generator import Draw, Generator, Outputs
 from terms import Moment, Seen, needed, pull_back
 
 
@@ -39,11 +39,21 @@ class Pool:
         if seen := self._kept.get((draw, first)):
             return seen
         with torch.no_grad():
-            outputs = self.G_src.synthesis(ws, c, rays=rays)
+            outputs = draw_samples(self.G_src, ws, c, rays)
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
         if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
         return seen
+
+
+def draw_samples(
+    G: Generator, ws: Tensor, c: Tensor, rays: Draw, force_fp32: bool = False
+) -> Outputs:
+    """Render samples, and return all that is made of them on the way."""
+    if "planes" not in G.gives:
+        return G.synthesis(ws, c, rays=rays, force_fp32=force_fp32)
+    planes = G.planes(ws, force_fp32=force_fp32)
+    return {"planes": planes} | G.synthesis(ws, c, planes=planes, rays=rays, force_fp32=force_fp32)
 
 
 def draw_heads(cfg: Config, G: Generator) -> tuple[Tensor, Tensor]:
@@ -105,7 +115,7 @@ def select_layers(
     noise = torch.randn(2, 1, *guides.prior.latent_shape).to(device)
     ws = G.mapping(z, G.cameras.frontal().to(device), cfg.trunc).detach().requires_grad_()
     rays = G.rays(c)
-    source = Seen(guides, pool.G_src.synthesis(ws.detach(), c, rays=rays))
+    source = Seen(guides, draw_samples(pool.G_src, ws.detach(), c, rays))
     adapted = G.synthesis(ws, c, rays=rays, noise_mode="random", force_fp32=True)
     sds = {name: w for name, w in cfg.weights.on().items() if name in SCORE_DISTILLATION}
     gradients, _ = pull_back(adapted, sds, Moment(guides, source, t[:1], noise), batch=1)

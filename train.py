@@ -59,6 +59,7 @@ from samples import (
     draw_heads,
     draw_noise,
     draw_number,
+    draw_samples,
     draw_times,
     select_layers,
     step_seed,
@@ -218,7 +219,7 @@ def take_step(run: Run, step: int) -> Row:
         # Render the same samples before and after.
         # What learns is in float32, for gradients too small for half precision.
         source = run.pool.source(draw, part.start, ws[part], c[part], rays.cut(part))
-        adapted = G.synthesis(ws[part], c[part], rays=rays.cut(part), force_fp32=True)
+        adapted = draw_samples(G, ws[part], c[part], rays.cut(part), force_fp32=True)
 
         # Sum the terms' gradients at the outputs, then go back through the generator once.
         now = Moment(

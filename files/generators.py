@@ -23,6 +23,7 @@ from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
 from models.generator import Generator
 from models.limits import is_number
+from models.panohead import PanoHeadGenerator
 from models.stylegan2 import StyleGAN2Generator
 from models.weight_files import kind_of_weights
 
@@ -30,6 +31,7 @@ from models.weight_files import kind_of_weights
 RENDERED = ("rendering_kwargs", "neural_rendering_resolution", "plane_axes")
 FORMATS: dict[str, tuple[type, tuple[str, ...]]] = {
     "eg3d-safetensors": (TriPlaneGenerator, RENDERED),
+    "panohead-safetensors": (PanoHeadGenerator, RENDERED),
     "stylegan2-safetensors": (StyleGAN2Generator, ()),
 }
 TORCH_BEGINS = (b"PK", b"\x80\x02\x8a\x0a")  # Files of torch.save, since and before version 1.6.
@@ -122,7 +124,8 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> Generator:
         raise ValueError(f"img_channels must be 3, got {G.img_channels}")
     if settings:
         _settle_renderer(G, header)
-        tensors.setdefault("dataset_label_std", torch.ones(LABEL_SIZE))  # Only training adds it.
+    if "dataset_label_std" in G.state_dict():  # Which only training adds.
+        tensors.setdefault("dataset_label_std", torch.ones(LABEL_SIZE))
     _check_finite(tensors)
     G.load_state_dict(tensors, assign=True)
     return G

@@ -1,4 +1,4 @@
-"""Official files of EG3D and StyleGAN2: .pkl, state dicts (.pth), PTI's generators (.pt).
+"""Official files of EG3D, PanoHead, StyleGAN2: .pkl, state dicts (.pth), PTI's generators (.pt).
 
 All become what files/generators.py builds a generator from: a header as in our files, and the
 tensors by state-dict key, float32. A .pkl holds the whole training state of a GAN, of which G_ema
@@ -19,14 +19,14 @@ from torch import Tensor
 from files.pickles import Inert, Storage, Stored, read_pickle, read_saved, read_storage, to_numbers
 from files.rosinality import is_stylegan2, read_stylegan2
 from models.eg3d import PLANE_AXES, TriPlaneGenerator
+from models.panohead import GRID_AXES
 
 GROUPS = ("_parameters", "_buffers", "_modules")
 SCALARS = (type(None), bool, int, float, str)
 POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
-HARMLESS = {"architecture": "skip"}  # Arguments of StyleGAN2 at the only value EG3D can have.
 FOREGROUND_DEPTH = 2.85  # Heads end before it, the background of faces and cats lies behind.
 FACE_RAYS = {"ray_start": 2.25, "ray_end": 3.3}
-PANOHEAD = {"bcg_synthesis", "t_mapping", "triplane_depth"}  # Modules and a setting of its own.
+PANOHEAD = {"t_mapping", "triplane_depth"}  # A module and a setting of its own.
 TENSORFLOW = "dnnlib.tflib.network.Network"
 MAX_PARTS = 10_000  # Modules, parameters and buffers; EG3D has some 260.
 MAX_NAME = 200  # Letters in a state-dict key.
@@ -185,9 +185,7 @@ def find_generator(content: Any) -> Inert:
     if type(G) is not Inert:
         raise ValueError("it holds no generator under the name G_ema")
     state = entries(G.state)
-    modules, settings = entries(state.get("_modules")), entries(state.get("rendering_kwargs"))
-    if PANOHEAD & (modules.keys() | settings.keys()):
-        raise ValueError("it holds a generator of PanoHead, which is another network than EG3D's")
+    modules = entries(state.get("_modules"))
     if "backbone" not in modules and {"mapping", "synthesis"} <= modules.keys():
         synthesis = modules["synthesis"]
         state = entries(synthesis.state) if type(synthesis) is Inert else {}
@@ -195,7 +193,7 @@ def find_generator(content: Any) -> Inert:
             raise ValueError("it holds a generator of StyleGAN3, which is not read here")
         return G
     if not {"backbone", "decoder", "superresolution"} <= modules.keys():
-        raise ValueError(f"its G_ema is {G.name!r}, which is neither EG3D's nor StyleGAN2's")
+        raise ValueError(f"its G_ema is {G.name!r}, which is none of EG3D, PanoHead, StyleGAN2")
     return G
 
 
@@ -206,24 +204,24 @@ def describe(G: Inert) -> dict:
     arguments = arguments if type(arguments) is tuple else ()
     named = dict(zip(POSITIONAL, arguments, strict=False))
     init_kwargs = plain(named | entries(state.get("_init_kwargs")))
-    for argument, value in HARMLESS.items():
-        if init_kwargs.get(argument) == value:
-            del init_kwargs[argument]
     # Training changes the generator's own rendering_kwargs, not those it was built with.
     rendering_kwargs = plain(entries(state.get("rendering_kwargs")))
     modules = entries(state["_modules"])
     if "backbone" not in modules:
         return {"format": "stylegan2-safetensors", "init_kwargs": init_kwargs}
+    panohead = bool(PANOHEAD & (modules.keys() | rendering_kwargs.keys()))
+    if not panohead and init_kwargs.get("architecture") == "skip":
+        del init_kwargs["architecture"]  # The only value that EG3D can have.
     children = [entries(module.state) for module in modules.values() if type(module) is Inert]
     axes = [child["plane_axes"] for child in children if "plane_axes" in child]  # The renderer's.
+    rendering_kwargs = rendering_kwargs or entries(init_kwargs.get("rendering_kwargs"))
+    own_axes = GRID_AXES if panohead else PLANE_AXES
     return {
-        "format": "eg3d-safetensors",
+        "format": "panohead-safetensors" if panohead else "eg3d-safetensors",
         "init_kwargs": init_kwargs,
-        "rendering_kwargs": with_foreground(
-            rendering_kwargs or entries(init_kwargs.get("rendering_kwargs"))
-        ),
+        "rendering_kwargs": rendering_kwargs if panohead else with_foreground(rendering_kwargs),
         "neural_rendering_resolution": plain(state.get("neural_rendering_resolution", 64)),
-        "plane_axes": plain(axes[0] if axes else PLANE_AXES),
+        "plane_axes": plain(axes[0] if axes else own_axes),
     }
 
 

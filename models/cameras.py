@@ -18,6 +18,7 @@ from models.limits import is_number
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
+ALL_ROUND = 3.1  # A yaw range above means every side [rad].
 LABEL_SIZE = 25  # Numbers in a camera label.
 
 
@@ -137,6 +138,11 @@ class CameraSetup:
                 f"got {self.distribution!r}"
             )
 
+    @property
+    def all_round(self) -> bool:
+        """Whether views are from every side."""
+        return self.yaw_range > ALL_ROUND
+
     def label(self, yaw: Tensor, pitch: Tensor) -> Tensor:
         """Return the labels c [B, 25] of views at `yaw` [B] and `pitch` [B]."""
         return camera_label(orbit(yaw, pitch, self.radius, self.pivot), intrinsics(self.focal))
@@ -148,9 +154,12 @@ class CameraSetup:
     def rim(self, angle: Tensor) -> Tensor:
         """Return the labels c [B, 25] of views around the rim of the range, a closed path.
 
-        For EG3D's faces it is the path of its videos, once around as `angle` [B] goes to 2 pi.
+        For EG3D's faces it is the path of its videos, once around as `angle` [B] goes to 2 pi. Of
+        views from every side it is once around the head, as in PanoHead's.
         """
         middle = ELLIPSE_PITCH if self.distribution == "ellipse" else 0.0
+        if self.all_round:
+            return self.label(angle, middle + self.pitch_range * angle.sin())
         return self.label(self.yaw_range * angle.sin(), middle + self.pitch_range * angle.cos())
 
     def sample(self, batch: int) -> Tensor:
@@ -170,6 +179,7 @@ class NoCameras:
 
     yaw_range: float = 0.0
     pitch_range: float = 0.0
+    all_round: bool = False
 
     def label(self, yaw: Tensor, pitch: Tensor) -> Tensor:
         """Return as many empty labels as there are views, [B, 0]."""

@@ -8,21 +8,20 @@ rendering resolution, R the image's. Images are in [-1, 1], depths are distances
 """
 
 import copy
-from math import isqrt
+from math import inf, isqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
+from models.field import Activation, Decoder, evaluate_points
 from models.layers import NoiseMode
 from models.limits import is_number
 from models.renderer import (
-    Decoder,
     RayOptions,
     Rays,
     draw_rays,
-    evaluate_points,
     pixel_rays,
     render,
 )
@@ -41,7 +40,10 @@ EXTRAS = {
     "plane_channels": 32,
     "decoder_hidden": 64,
     "feature_channels": 32,
+    "plane_slices": 0,
+    "decoder_activation": "sigmoid",
 }
+EXTRA_SIZES = ("plane_resolution", "plane_channels", "decoder_hidden", "feature_channels")
 SIZES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
 MAX_SIZE = 2**20  # A guard against files.
 DICTS = ("mapping_kwargs", "rendering_kwargs", "sr_kwargs")
@@ -77,6 +79,8 @@ class TriPlaneGenerator(nn.Module):
         plane_channels: int = 32,
         decoder_hidden: int = 64,
         feature_channels: int = 32,
+        plane_slices: int = 0,
+        decoder_activation: Activation = "sigmoid",
     ) -> None:
         """Create the networks.
 
@@ -100,15 +104,18 @@ class TriPlaneGenerator(nn.Module):
             plane_channels: Channels C of a plane.
             decoder_hidden: Width of the decoder.
             feature_channels: Channels rendered for super-resolution.
+            plane_slices: Depth slices D of a plane, which make tri-grids; 0 for none.
+            decoder_activation: What bounds the decoder's colours.
 
         Raises:
             ValueError: arguments that no EG3D configuration can have.
         """
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        for name in (*SIZES, *EXTRAS):
-            if not (isinstance(arguments[name], int) and 1 <= arguments[name] <= MAX_SIZE):
-                raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {arguments[name]!r}")
+        for name in (*SIZES, *EXTRA_SIZES, "plane_slices"):
+            least = 0 if name == "plane_slices" else 1
+            if not (isinstance(arguments[name], int) and least <= arguments[name] <= MAX_SIZE):
+                raise ValueError(f"{name} must be {least} to {MAX_SIZE}, got {arguments[name]!r}")
         for name in DICTS:
             if not isinstance(arguments[name], dict | None):
                 raise ValueError(f"{name} must be a dict, got {arguments[name]!r}")
@@ -123,6 +130,7 @@ class TriPlaneGenerator(nn.Module):
         self.neural_rendering_resolution = 64
         self.rendering_kwargs = copy.deepcopy(rendering_kwargs or {})
         self.plane_axes = torch.tensor(PLANE_AXES)
+        self.plane_slices = plane_slices
         RayOptions.from_kwargs(self.rendering_kwargs)
         self.register_buffer("dataset_label_std", torch.ones(c_dim))
 
@@ -131,7 +139,7 @@ class TriPlaneGenerator(nn.Module):
             c_dim,
             w_dim,
             plane_resolution,
-            3 * plane_channels,
+            3 * plane_channels * max(1, plane_slices),
             mapping_kwargs or {},
             {
                 "channel_base": channel_base,
@@ -153,7 +161,9 @@ class TriPlaneGenerator(nn.Module):
             input_resolution=sr_kwargs.get("input_resolution"),
         )
         lr_mul = self.rendering_kwargs.get("decoder_lr_mul", 1)
-        self.decoder = Decoder(plane_channels, decoder_hidden, feature_channels, lr_mul)
+        self.decoder = Decoder(
+            plane_channels, decoder_hidden, feature_channels, lr_mul, decoder_activation
+        )
 
     @property
     def cameras(self) -> CameraSetup:
@@ -203,8 +213,9 @@ class TriPlaneGenerator(nn.Module):
     def planes(
         self, ws: Tensor, noise_mode: NoiseMode = "const", force_fp32: bool = False
     ) -> Tensor:
-        """Return the tri-planes [B, 3, C, P, P] of ws."""
-        return self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, (3, -1))
+        """Return the tri-planes [B, 3, C, P, P] of ws, or its tri-grids [B, 3, C, D, P, P]."""
+        slices = (self.plane_slices,) if self.plane_slices else ()
+        return self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, (3, -1, *slices))
 
     def synthesis(
         self,
@@ -237,15 +248,40 @@ class TriPlaneGenerator(nn.Module):
             `image` [B, 3, R, R] (if superresolve), `image_raw` [B, 3, n, n] before
             super-resolution, `image_depth` [B, 1, n, n], opacity `acc` [B, 1, n, n] and the
             foreground `mask` [B, 1, n, n]: acc, faded out beyond
-            rendering_kwargs["foreground_depth"] if that is given; the `features` [B, C, n, n] that
-            super-resolution saw, and the `planes` [B, 3, C, P, P] (not repeated). EG3D's 2X and 4X
-            models add a super-resolution term to their image_raw by mistake; here it is the clean
-            one.
+            rendering_kwargs["foreground_depth"] if that is given; and the `features`
+            [B, C, n, n] that super-resolution saw. EG3D's 2X and 4X models add a
+            super-resolution term to their image_raw by mistake; here it is the clean one.
 
         Raises:
             ValueError: `c` does not hold cameras for each of ws, `ws` is of another shape, or n is
                 no size.
         """
+        features, depth, acc = self._render(
+            ws, c, neural_rendering_resolution, noise_mode, planes, force_fp32, rays, sample_mult
+        )
+        out = {
+            "image_raw": features[:, : self.img_channels],
+            "image_depth": depth,
+            "acc": acc,
+            "mask": self._foreground(depth, acc),
+            "features": features,
+        }
+        if superresolve:
+            out["image"] = self._superresolve(out["image_raw"], features, ws, force_fp32)
+        return out
+
+    def _render(
+        self,
+        ws: Tensor,
+        c: Tensor,
+        n: int | None,
+        noise_mode: NoiseMode,
+        planes: Tensor | None,
+        force_fp32: bool,
+        rays: Rays | None,
+        sample_mult: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features [B * K, C, n, n], depth and acc [B * K, 1, n, n]; see `synthesis`."""
         views = c.unsqueeze(1) if c.ndim == 2 else c  # [B, K, 25]
         if views.ndim != 3 or len(views) != len(ws):
             raise ValueError(
@@ -256,7 +292,7 @@ class TriPlaneGenerator(nn.Module):
                 f"ws must be [B, {self.backbone.num_ws}, {self.w_dim}], got {list(ws.shape)}"
             )
         if rays is None:
-            n = self._side(neural_rendering_resolution)  # A size that cannot be is refused first.
+            n = self._side(n)  # A size that cannot be is refused first.
         if planes is None:
             planes = self.planes(ws, noise_mode, force_fp32)
         if rays is None:
@@ -266,23 +302,19 @@ class TriPlaneGenerator(nn.Module):
             m.unflatten(2, (views.shape[1], n, n)).transpose(1, 2).flatten(0, 1)
             for m in self._march(planes, rays)
         )  # [B * K, channels, n, n]
-        out = {
-            "image_raw": features[:, : self.img_channels],
-            "image_depth": depth,
-            "acc": acc,
-            "mask": self._foreground(depth, acc),
-            "features": features,
-            "planes": planes,
-        }
-        if superresolve:
-            out["image"] = self.superresolution(
-                out["image_raw"],
-                features,
-                ws.repeat_interleave(views.shape[1], dim=0),
-                self.rendering_kwargs.get("superresolution_noise_mode", "none"),
-                force_fp32,
-            )
-        return out
+        return features, depth, acc
+
+    def _superresolve(
+        self, image_raw: Tensor, features: Tensor, ws: Tensor, force_fp32: bool
+    ) -> Tensor:
+        """Return the images [B * K, 3, R, R] of B codes seen from K cameras each."""
+        return self.superresolution(
+            image_raw,
+            features,
+            ws.repeat_interleave(len(features) // len(ws), dim=0),
+            self.rendering_kwargs.get("superresolution_noise_mode", "none"),
+            force_fp32,
+        )
 
     def rays(
         self, c: Tensor, neural_rendering_resolution: int | None = None, sample_mult: int = 1
@@ -397,7 +429,12 @@ class TriPlaneGenerator(nn.Module):
     def _march(self, planes: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
         """Render rays [B, M, 3] to features [B, C, M], depth [B, 1, M], acc [B, 1, M]."""
         options = RayOptions.from_kwargs(self.rendering_kwargs)
-        return render(planes, self.decoder, rays, self.plane_axes, options)
+        return render(planes, self.decoder, rays, self.plane_axes, options, self.bound)
+
+    @property
+    def bound(self) -> float:
+        """Return where |x| and |z| are cut off: nowhere."""
+        return inf
 
     def _foreground(self, depth: Tensor, acc: Tensor) -> Tensor:
         """Return the mask: acc where depth is less than the foreground's, softly."""

@@ -89,7 +89,7 @@ def surface_density(G: TriPlaneGenerator, ws: Tensor, planes: Tensor) -> Tensor:
 
 
 def visible_box(G: TriPlaneGenerator) -> tuple[Tensor, Tensor]:
-    """Return two corners [3], lowest and highest, of what the frontal camera sees of the head.
+    """Return two corners [3], lowest and highest, of what the generator's cameras see of the head.
 
     Outside of it nothing was ever trained: there are walls, and mirror images of the face.
     """
@@ -101,7 +101,12 @@ def visible_box(G: TriPlaneGenerator) -> tuple[Tensor, Tensor]:
         near, far = 0.0, inf
     far = min(far, kwargs.get("foreground_depth") or inf)
     back, front = max(-half, cameras.radius - far), min(half, cameras.radius - near)
-    return torch.tensor([-side, -side, back]), torch.tensor([side, side, front])
+    if cameras.all_round:
+        back, front = -side, side
+    low = torch.tensor([-side, -side, back])
+    high = torch.tensor([side, side, front])
+    cut = torch.tensor([G.bound, inf, G.bound])  # Sideways and in depth.
+    return low.maximum(-cut), high.minimum(cut)
 
 
 def save_mesh(mesh: Mesh, path: Path) -> None:

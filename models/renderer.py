@@ -1,21 +1,20 @@
-"""Volume rendering of tri-planes: rays, plane lookup, importance sampling, ray marching.
+"""Volume rendering of tri-planes and tri-grids: rays, importance sampling, ray marching.
 
 Depths are distances along unit rays. Planes span the cube of side `box_warp` about the origin.
 B batch, M rays of one batch element, S samples of a ray, C feature channels, P plane size.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from models.cameras import split_label
-from models.layers import FullyConnected
+from models.field import Decoder, fold_planes, look_up, project, widen
 from models.limits import is_number
 
 # Samples evaluated at once [points]. On a CPU a chunk's activations should stay in the cache, but
@@ -23,6 +22,7 @@ from models.limits import is_number
 CHUNK_POINTS = 2**14
 CHUNK_POINTS_BACKWARD = 2**16
 CHUNK_POINTS_GPU = 2**20
+EMPTY = -1000.0  # Raw density of what is cut off.
 MAX_DEPTHS = 4096  # A guard against files; EG3D's have 48 to 96.
 # Settings that others than rays use: numbers, or yes and no.
 OTHER_NUMBERS = (
@@ -109,86 +109,6 @@ class RayOptions:
             )
 
 
-class Decoder(nn.Module):
-    """Plane features to raw density and colour channels (EG3D's OSGDecoder).
-
-    Its products are all of rendering that torch.autocast does in half precision.
-    """
-
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, lr_mul: float) -> None:
-        """Create the two layers; `lr_mul` scales their learning rate."""
-        super().__init__()
-        self.net = nn.Sequential(
-            FullyConnected(in_channels, hidden, lr_multiplier=lr_mul),
-            nn.Softplus(),
-            FullyConnected(hidden, 1 + out_channels, lr_multiplier=lr_mul),
-        )
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, C, N] to raw densities [B, N] and colours [B, C', N] in (0, 1).
-
-        Both are float32.
-        """
-        first, _, second = self.net
-        # softplus(x) = ln 2 * softplus2(x / ln 2); the small weights take the factors.
-        weight, bias = _scaled(first, 1 / math.log(2))
-        hidden = softplus2_(_channel_linear(features, weight, bias))  # [B, hidden, N]
-        weight, bias = _scaled(second)
-        y = _channel_linear(hidden, weight * math.log(2), bias).float()  # [B, 1 + C', N]
-        sigma, colour = y.split([1, y.shape[1] - 1], dim=1)
-        return sigma.squeeze(1), colour.sigmoid()
-
-
-def _scaled(layer: FullyConnected, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return a layer's weight and bias at run time, so many times as large."""
-    return layer.weight * (layer.weight_gain * gain), layer.bias * (layer.bias_gain * gain)
-
-
-def _channel_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a linear layer to the channels of [B, C, N]: no transposed copies of the samples."""
-    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x)
-
-
-def softplus2_(x: Tensor) -> Tensor:
-    """Return log2(1 + 2^x), on a CPU in place of x: softplus in powers of two."""
-    if x.device.type == "cpu":
-        return _Softplus2OnCPU.apply(x)
-    return F.softplus(x, beta=math.log(2))
-
-
-class _Softplus2OnCPU(torch.autograd.Function):
-    """`softplus2_` in vectorised steps, which keeps only its result for the gradient.
-
-    Torch's softplus goes through log1p: for 2M values it took 7.1 ms instead of 4.7 with AVX2, 7.4
-    instead of 4.0 with AVX-512, and it keeps x as well. The absolute error is as torch's, a
-    rounding of max(1, y); so is the gradient's, one of 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Overwrite x; half precision is computed in float32."""
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.numel() and x.amax() > 126:  # 2^x overflows at 128; from 54 on, y = x in any type.
-            y = y.clamp(max=126).exp2_().add_(1).log2_().maximum(y)
-        else:
-            y.exp2_().add_(1).log2_()
-        x.copy_(y)  # Itself, or, if y is another, its values.
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Multiply by the slope 1 - 2^-y, which is the sigmoid of x ln 2."""
-        (y,) = ctx.saved_tensors
-        return torch.addcmul(gradient, gradient, (-y).exp2_(), value=-1)
-
-
-def widen(colour: Tensor, total: Tensor | float = 1.0) -> Tensor:
-    """Stretch colours from (0, 1) to EG3D's (-0.001, 1.001); of weighted sums, `total` weighs."""
-    return colour * (1 + 2 * 0.001) - 0.001 * total
-
-
 def pixel_rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
     """Return origins and unit directions, [B, n * n, 3] each, through the pixels' centres.
 
@@ -209,125 +129,6 @@ def pixel_rays(c: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
         directions = in_camera @ cam2world[:, :3, :3].mT
     origins = cam2world[:, None, :3, 3].expand_as(directions)
     return origins, F.normalize(directions, dim=-1)
-
-
-def fold_planes(planes: Tensor, plane_axes: Tensor, box_warp: float) -> tuple[Tensor, Tensor]:
-    """Prepare tri-planes for lookups: the fewest maps whose samples sum to the planes' mean.
-
-    A bilinear lookup is linear in its map, so planes read at the same coordinates are added
-    beforehand. EG3D's own axes read one plane at (x, z) and another at (z, x): these become one
-    map, and every point needs two lookups instead of three.
-
-    Args:
-        planes: Tri-planes, [B, 3, C, P, P].
-        plane_axes: Rows are the axes of each plane, [3, 3, 3].
-        box_warp: Side of the cube that the planes span.
-
-    Returns:
-        Maps [B, Q, C, P, P], channels last, and matrices [Q, 3, 2] from points to coordinates.
-    """
-    to_plane = torch.linalg.inv(plane_axes.float().cpu())[:, :, :2] * (2 / box_warp)  # [3, 3, 2]
-    maps: list[Tensor] = []
-    projections: list[Tensor] = []
-    for plane, projection in zip(planes.unbind(1), to_plane, strict=True):
-        for i, known in enumerate(projections):
-            if torch.equal(projection, known):
-                maps[i] = maps[i] + plane
-                break
-            if torch.equal(projection.flip(1), known):
-                maps[i] = maps[i] + plane.mT
-                break
-        else:
-            maps.append(plane)
-            projections.append(projection)
-    channels_last = torch.stack([m.permute(0, 2, 3, 1) for m in maps], dim=1)  # [B, Q, P, P, C]
-    folded = channels_last.permute(0, 1, 4, 2, 3) / planes.shape[1]
-    return folded, torch.stack(projections).to(planes.device)
-
-
-def project(points: Tensor, projections: Tensor) -> Tensor:
-    """Return coordinates on maps [B, Q, N, 2] of points [B, N, 3], by matrices [Q, 3, 2]."""
-    with torch.autocast(points.device.type, enabled=False):
-        return torch.einsum("bni,qij->bqnj", points.float(), projections)
-
-
-def look_up(maps: Tensor, coordinates: Tensor) -> Tensor:
-    """Sample maps [B, Q, C, P, P] at [B, Q, H, W, 2] in [-1, 1]; sum over Q to [B, C, H, W].
-
-    Outside of [-1, 1] maps are zero. P is at least 2.
-    """
-    if maps.device.type == "cpu" and not coordinates.requires_grad:
-        return _LookUpOnCPU.apply(maps, coordinates)
-    samples = F.grid_sample(
-        maps.flatten(0, 1), coordinates.flatten(0, 1), padding_mode="zeros", align_corners=False
-    )
-    return samples.unflatten(0, maps.shape[:2]).sum(1)
-
-
-class _LookUpOnCPU(torch.autograd.Function):
-    """`look_up` as weighted sums of texels, 4 Q for each point, all channels of a texel at once.
-
-    Torch's grid_sample goes from channel to channel: on Zen 3, 131k points on two maps of 32
-    channels took 36 ms, and take 10. Their gradient took 107 ms by `index_put_` for each corner,
-    and takes 45 as weighted sums again: of the points around each texel, which sorting finds.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, coordinates: Tensor) -> Tensor:
-        """Sample, and keep what the gradient needs; C is the innermost axis of the result."""
-        ctx.save_for_backward(coordinates)
-        ctx.maps_shape = maps.shape
-        texels, weights = _texels_around(coordinates, *maps.shape[3:])
-        table = maps.movedim(2, -1).flatten(0, 3)  # [B * Q * P * P, C]
-        sums = F.embedding_bag(texels, table, mode="sum", per_sample_weights=weights.to(maps))
-        size = (len(maps), *coordinates.shape[2:4], maps.shape[2])
-        return sums.view(size).movedim(-1, 1)  # [B, C, H, W]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Add up the gradients [B, C, H, W] of the points around each texel, weighted."""
-        batch, count, channels, height, width = ctx.maps_shape
-        (coordinates,) = ctx.saved_tensors
-        texels, weights = _texels_around(coordinates, height, width)
-        if weights.sum().isnan():
-            weights = weights.masked_fill(weights.isnan(), 0)  # As torch has it.
-        places = texels.flatten()
-        order = places.argsort().int()
-        uses = places.bincount(minlength=batch * count * height * width)
-        sums = F.embedding_bag(
-            order.div(texels.shape[1], rounding_mode="floor"),  # The point of each use.
-            gradient.movedim(1, -1).flatten(0, 2).contiguous(),  # [B * H * W, C]
-            (uses.cumsum(0) - uses).int(),
-            mode="sum",
-            per_sample_weights=weights.flatten().index_select(0, order).to(gradient),
-        )  # [B * Q * P * P, C]
-        return sums.view(batch, count, height, width, channels).movedim(-1, 2), None
-
-
-def _texels_around(coordinates: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the texels around points [B, Q, H, W, 2] and their weights, [B * H * W, Q * 4] each.
-
-    Texels are rows of [B * Q * height * width]. At an edge they are the two outermost of an axis:
-    those too far away weigh nothing, which spares all comparisons. NaN has weights NaN.
-    """
-    lows, weights = [], []  # Along x and y: the lower texel's index, both texels' weights.
-    for position, size in zip(coordinates.unbind(-1), (width, height), strict=True):
-        texel = position * (size / 2) + (size - 1) / 2
-        low = texel.floor().clamp_(0, size - 2)
-        share = texel - low
-        weights.append([(1 - distance.abs()).clamp_(min=0) for distance in (share, share - 1)])
-        lows.append(low.int().clamp_(0, size - 2))  # Again for NaN.
-
-    batch, count, *points = coordinates.shape[:4]
-    first = torch.arange(batch * count, dtype=torch.int32).view(batch, count, 1, 1)
-    low = lows[0] + width * lows[1] + (height * width) * first
-    around = torch.empty(batch, *points, count, 4, dtype=torch.int32)
-    shares = torch.empty(batch, *points, count, 4, dtype=coordinates.dtype)
-    for k, (y, x) in enumerate(product(range(2), repeat=2)):
-        around[..., k] = (low + (width * y + x)).movedim(1, -1)
-        shares[..., k] = (weights[0][x] * weights[1][y]).movedim(1, -1)
-    return around.view(-1, count * 4), shares.view(-1, count * 4)
 
 
 def box_depths(origins: Tensor, directions: Tensor, side: float) -> tuple[Tensor, Tensor]:
@@ -441,25 +242,6 @@ def expected_depth(depths: Tensor, weights: Tensor) -> Tensor:
     return torch.where(empty, torch.inf, mean)
 
 
-def evaluate_points(
-    planes: Tensor, decoder: Decoder, points: Tensor, plane_axes: Tensor, box_warp: float
-) -> tuple[Tensor, Tensor]:
-    """Return raw densities [B, N, 1] and colours [B, N, C'] in (-0.001, 1.001) at points.
-
-    Args:
-        planes: Tri-planes, [B, 3, C, P, P].
-        decoder: Plane features to density and colours.
-        points: World coordinates, [B, N, 3]; outside of the box all features are zero.
-        plane_axes: Rows are the axes of each plane, [3, 3, 3].
-        box_warp: Side of the cube that the planes span.
-    """
-    maps, projections = fold_planes(planes.float(), plane_axes, box_warp)
-    coordinates = project(points, projections)  # [B, Q, N, 2]
-    features = look_up(maps, coordinates.unsqueeze(3))  # [B, C, N, 1]
-    sigma, colour = decoder(features.squeeze(3))  # [B, N], [B, C', N]
-    return sigma.unsqueeze(-1), widen(colour).mT
-
-
 @dataclass(frozen=True)
 class Rays:
     """The rays of a render with all random numbers in it; a part of a batch can be cut out.
@@ -488,6 +270,12 @@ class Rays:
         parts = (self.origins, self.directions, self.depths, self.uniform)
         return Rays(*(part[rows] for part in parts), self.nearest, self.farthest, self.leak)
 
+    def split(self, count: int) -> Iterator["Rays"]:
+        """Yield so many rays of every batch element at a time."""
+        parts = (self.origins, self.directions, self.depths, self.uniform)
+        for chunk in zip(*(part.split(count, 1) for part in parts), strict=True):
+            yield Rays(*chunk, self.nearest, self.farthest, self.leak)
+
 
 def draw_rays(origins: Tensor, directions: Tensor, options: RayOptions) -> Rays:
     """Draw all random numbers of a render: `rand_like` [B, M, S, 1], then `rand` [B * M, S2].
@@ -508,68 +296,97 @@ def draw_rays(origins: Tensor, directions: Tensor, options: RayOptions) -> Rays:
 
 
 def render(
-    planes: Tensor, decoder: Decoder, rays: Rays, plane_axes: Tensor, options: RayOptions
+    planes: Tensor,
+    decoder: Decoder,
+    rays: Rays,
+    plane_axes: Tensor,
+    options: RayOptions,
+    bound: float = math.inf,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render rays through tri-planes, coarse samples first, then importance samples.
 
     Args:
-        planes: Tri-planes, [B, 3, C, P, P].
+        planes: Tri-planes, [B, 3, C, P, P], or tri-grids, [B, 3, C, D, P, P].
         decoder: Plane features to density and colours.
         rays: What `draw_rays` drew, or a part of it.
         plane_axes: Rows are the axes of each plane, [3, 3, 3].
         options: How rays are sampled.
+        bound: Space is empty where |x| or |z| is more; not above or below (PanoHead).
 
     Returns:
-        Features [B, C', M] in (-1, 1), depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Empty
-        rays have the greatest depth that the batch sampled.
+        Features [B, C', M], depth [B, 1, M] and opacity acc [B, 1, M] in [0, 1]. Features are in
+        (-1, 1) if the decoder's colours are bounded. Empty rays have the greatest depth that the
+        batch sampled.
     """
-    depths, uniform = rays.depths, rays.uniform
     maps, projections = fold_planes(planes.float(), plane_axes, options.box_warp)
-    # Coordinates on a map are linear along a ray: project them once, [B, Q, 1, M, 2].
-    starts = project(rays.origins, projections).unsqueeze(2)
-    slopes = project(rays.directions, projections).unsqueeze(2)
-
+    field = Field(maps, projections, decoder, bound)
     points = CHUNK_POINTS_GPU
     if maps.device.type == "cpu":
         points = CHUNK_POINTS_BACKWARD if maps.requires_grad else CHUNK_POINTS
-    count = max(1, points // (len(depths) * depths.shape[-1]))  # Rays at once.
-    chunks = zip(
-        starts.split(count, 3),
-        slopes.split(count, 3),
-        depths.split(count, 1),
-        uniform.split(count, 1),
-        strict=True,
-    )
-    parts = [_render_chunk(maps, decoder, *chunk, rays.leak) for chunk in chunks]
+    count = max(1, points // (len(rays.depths) * rays.depths.shape[-1]))  # Rays at once.
+    parts = [_render_chunk(field, chunk) for chunk in rays.split(count)]
     features, depth, acc = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
 
     # EG3D bounds depths by the whole batch's samples; the fine ones lie within the coarse.
     depth = depth.clamp(rays.nearest, rays.farthest)
-    features = widen(features, acc)
+    bounded = decoder.activation == "sigmoid"
+    if bounded:
+        features = widen(features, acc)
     if options.white_back:
         features = features + (1 - acc)
-    return features * 2 - 1, depth, acc
+    return features * 2 - 1 if bounded else features, depth, acc
 
 
-def _render_chunk(
-    maps: Tensor,
-    decoder: Decoder,
-    starts: Tensor,
-    slopes: Tensor,
-    depths: Tensor,
-    uniform: Tensor,
-    leak: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Field:
+    """Density and colours in space.
+
+    Attributes:
+        maps: See `fold_planes`, like `projections`.
+        projections: From points to coordinates on the maps.
+        decoder: Features to density and colours.
+        bound: See `render`.
+    """
+
+    maps: Tensor
+    projections: Tensor
+    decoder: Decoder
+    bound: float
+
+    def along(self, rays: Rays, depths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw densities [B, M, S] and colours [B, C', S, M] at depths [B, M, S] of rays.
+
+        Neighbouring rays, not neighbouring depths, are next to each other in memory: on a CPU that
+        makes the plane lookups and the sums over samples twice as fast.
+        """
+        # Coordinates on a map are linear along a ray: rays are projected, not points.
+        start, slope = (
+            project(vectors, self.projections).unsqueeze(2)
+            for vectors in (rays.origins, rays.directions)
+        )  # [B, Q, 1, M, k]
+        at = depths.mT[:, None, :, :, None]  # [B, 1, S, M, 1]
+        coordinates = torch.addcmul(start, slope, at)  # [B, Q, S, M, k]
+        sigma, colour = self.decoder(look_up(self.maps, coordinates).flatten(2))
+        sigma = sigma.unflatten(1, at.shape[2:4]).mT  # [B, M, S]
+        if self.bound < math.inf:
+            sideways = (
+                rays.origins[..., None, ::2] + rays.directions[..., None, ::2] * depths[..., None]
+            )
+            sigma = sigma.masked_fill((sideways.abs() > self.bound).any(-1), EMPTY)
+        return sigma, colour.unflatten(2, at.shape[2:4])
+
+
+def _render_chunk(field: Field, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
     """Return summed colours [B, C', M], depths [B, 1, M] (not bounded) and acc [B, 1, M]."""
-    coarse = depths.shape[-1]
-    sigma, colour = _evaluate(maps, decoder, starts, slopes, depths)
-    if uniform.shape[-1] == 0:
+    depths, leak, coarse = rays.depths, rays.leak, rays.depths.shape[-1]
+    sigma, colour = field.along(rays, depths)
+    if rays.uniform.shape[-1] == 0:
         weights = interval_to_sample_weights(march_weights(depths, sigma, leak))  # [B, M, S]
         features = _composite(colour, weights)
     else:
         with torch.no_grad():
-            fine = importance_depths(depths, march_weights(depths, sigma), uniform)
-        sigma_fine, colour_fine = _evaluate(maps, decoder, starts, slopes, fine)
+            fine = importance_depths(depths, march_weights(depths, sigma), rays.uniform)
+        sigma_fine, colour_fine = field.along(rays, fine)
         depths, order = torch.cat([depths, fine], dim=-1).sort(dim=-1)
         sigma = torch.cat([sigma, sigma_fine], dim=-1).gather(-1, order)
         per_interval = march_weights(depths, sigma, leak)  # [B, M, S + S2 - 1]
@@ -579,20 +396,6 @@ def _render_chunk(
         features = _composite(colour, unsorted[..., :coarse])
         features = features + _composite(colour_fine, unsorted[..., coarse:])
     return features, expected_depth(depths, weights).mT, weights.sum(-1, keepdim=True).mT
-
-
-def _evaluate(
-    maps: Tensor, decoder: Decoder, starts: Tensor, slopes: Tensor, depths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return raw densities [B, M, S] and colours [B, C', S, M] at depths [B, M, S] of rays.
-
-    Neighbouring rays, not neighbouring depths, are next to each other in memory: on a CPU that
-    makes the plane lookups and the sums over samples twice as fast.
-    """
-    along = depths.mT[:, None, :, :, None]  # [B, 1, S, M, 1]
-    coordinates = torch.addcmul(starts, slopes, along)  # [B, Q, S, M, 2]
-    sigma, colour = decoder(look_up(maps, coordinates).flatten(2))
-    return sigma.unflatten(1, along.shape[2:4]).mT, colour.unflatten(2, along.shape[2:4])
 
 
 def _composite(colour: Tensor, weights: Tensor) -> Tensor:

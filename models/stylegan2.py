@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,11 @@ class MappingNetwork(nn.Module):
         num_layers: int = 8,
         lr_multiplier: float = 0.01,
         w_avg_beta: float = 0.998,
+        last: Literal["lrelu", "linear"] = "lrelu",
     ) -> None:
         """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`.
 
-        With a `c_dim` of 0 there are no labels.
+        With a `c_dim` of 0 there are no labels. `last` is the activation of the last layer.
 
         Raises:
             ValueError: there are too many or too few layers.
@@ -72,7 +73,8 @@ class MappingNetwork(nn.Module):
         self.embed = FullyConnected(c_dim, w_dim) if c_dim else None
         for i in range(num_layers):
             in_features = w_dim if i else z_dim + (w_dim if c_dim else 0)
-            setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, "lrelu", lr_multiplier))
+            act = last if i == num_layers - 1 else "lrelu"
+            setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, act, lr_multiplier))
 
     def forward(
         self,

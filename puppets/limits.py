@@ -29,7 +29,7 @@ from puppets import oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS
 from puppets.heads import render
-from samples import Pool, draw_heads, step_seed
+from samples import Pool, draw_heads, draw_samples, step_seed
 from terms import Seen
 
 BATCH = 8  # Pictures that the prior paints at once.
@@ -154,7 +154,7 @@ def painted(source: evaluation.Source, truth: oracle.Truth, domain: str) -> eval
         parts = []
         for part in tqdm(torch.arange(len(c)).split(BATCH), desc=name, unit="batch", leave=False):
             torch.manual_seed(part[0].item())
-            outputs = G_src.synthesis(ws[part], c[part])
+            outputs = draw_samples(G_src, ws[part], c[part], G_src.rays(c[part]))
             parts.append(Seen(guides, outputs).painted.outputs["image"])
         return torch.cat(parts)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from models.eg3d import TriPlaneGenerator
+from models.panohead import PanoHeadGenerator
 from models.stylegan2 import StyleGAN2Generator
 
 SOURCE = "import os\nos.mkdir('executed')\n" * 20
@@ -117,8 +118,9 @@ def pack(G: TriPlaneGenerator | StyleGAN2Generator) -> Persistent:
             _init_kwargs=EasyDict(G.init_kwargs),
             _last_planes=torch.zeros(2, 3),
         )
-        root.renderer = ImportanceRenderer()
-        root.renderer.ray_marcher = MipRayMarcher2()
+        persistent = isinstance(G, PanoHeadGenerator)  # By its classes of them, not by reference.
+        root.renderer = Persistent("ImportanceRenderer") if persistent else ImportanceRenderer()
+        root.renderer.ray_marcher = Persistent("MipRayMarcher2") if persistent else MipRayMarcher2()
         root.renderer.__dict__["plane_axes"] = G.plane_axes.clone()
         root.ray_sampler = RaySampler()
     parameters = dict(G.named_parameters())
@@ -133,6 +135,9 @@ def pack(G: TriPlaneGenerator | StyleGAN2Generator) -> Persistent:
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
         else:
             module.register_buffer(name, value.clone())
+    for name in ("torgb", "bcg_synthesis"):
+        if getattr(G, name, ...) is None:
+            root.register_module(name, None)
     first = next(iter(root._modules.values()))
     first.register_buffer("scratch", torch.zeros(2), persistent=False)
     return root.eval()

@@ -11,22 +11,18 @@ from tiny_generator import RENDERING_KWARGS, even_samples
 from models import renderer
 from models.cameras import CameraSetup, camera_label, intrinsics, orbit
 from models.eg3d import PLANE_AXES
+from models.field import Decoder, evaluate_points, fold_planes, look_up, softplus2_
 from models.renderer import (
-    Decoder,
     RayOptions,
     box_depths,
     coarse_depths,
     draw_rays,
-    evaluate_points,
     expected_depth,
-    fold_planes,
     importance_depths,
     interval_to_sample_weights,
-    look_up,
     march_weights,
     pixel_rays,
     render,
-    softplus2_,
 )
 
 AXES = torch.tensor(PLANE_AXES)

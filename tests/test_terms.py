@@ -201,7 +201,9 @@ def moment():
     G_src = build_generator()
     ws = G_src.mapping(torch.randn(2, G_src.z_dim), G_src.cameras.frontal(2))
     c = G_src.cameras.sample(2)
-    source, adapted = (G.synthesis(ws, c) for G in (G_src, build_generator(1)))
+    source, adapted = (
+        {"planes": G.planes(ws)} | G.synthesis(ws, c) for G in (G_src, build_generator(1))
+    )
     for out in (source, adapted):
         out["image"] = 3 * out["image"]  # Beyond -1 and 1.
     noise, t = torch.randn(2, 2, *prior.latent_shape), torch.tensor([100, 700])

@@ -12,6 +12,8 @@ from models.eg3d import TriPlaneGenerator
 
 # First match of a key decides the offset and scale of its normal numbers.
 FILL_RULE = [
+    (r"t_mapping\.fc\d+\.weight$", 0.0, 1.0),  # Its learning-rate multiplier is 1.
+    (r"t_mapping\.fc\d+\.bias$", 0.0, 0.2),
     (r"mapping\.fc\d+\.weight$", 0.0, 100.0),
     (r"mapping\.fc\d+\.bias$", 0.0, 20.0),
     (r"mapping\.embed\.weight$", 0.0, 1.0),
