@@ -200,6 +200,8 @@ class Config:
     image_scale: Scale = 1.0
     """Weight of the pictures in the prior; by default 1 without a prompt, 0.6 with one."""
     depth_scale: Scale = 0.0  # Weight of the source's depth in the prior; 0: off.
+    view_words: bool = False
+    """Whether the prior's words say from where it looks: front, side or back view."""
     mask: bool = False  # Whether only the source's foreground is adapted.
     delta: Fraction = 0.0
     """Fraction of the SDS baseline that the prior predicts on the source image; 0: plain SDS."""

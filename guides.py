@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from config import Config
 from harness.run_folder import locate
 from losses import denoised_latents
+from models.cameras import VIEW_WORDS, sides_of
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from models.fingerprints import fingerprint, fingerprint_generator
@@ -38,6 +40,7 @@ class Guides:
         """Take loaded networks; the reference pictures are [n, 3, S, S] in [-1, 1]."""
         self.cfg, self.G_src, self.clip, self.reference = cfg, G_src, clip, reference
         self._prior, self._vit = prior, vit
+        self._texts: dict[str, Tensor] = {}  # By prompt: of no view, then of each, [4, L, D].
 
     @classmethod
     def load(
@@ -97,6 +100,31 @@ class Guides:
         return self.prior.condition(
             cfg.source_prompt, depth_scale=cfg.depth_scale, negative=cfg.negative_prompt
         )
+
+    def condition_of(self, source: Outputs) -> Condition:
+        """What the prior is guided towards on samples: with --view-words also from where it looks.
+
+        Heads whose backs are called so have no second face there. A picture without a prompt has no
+        words to add to.
+        """
+        if not (self.cfg.view_words and self.cfg.prompt):
+            return self.condition
+        return self._from_sides(self.cfg.prompt, self.condition, source)
+
+    def condition_src_of(self, source: Outputs) -> Condition:
+        """What the source is in words, with --view-words also from where it is seen."""
+        if not self.cfg.view_words:
+            return self.condition_src
+        return self._from_sides(self.cfg.source_prompt, self.condition_src, source)
+
+    def _from_sides(self, prompt: str, condition: Condition, source: Outputs) -> Condition:
+        """Return a condition whose words say from where each sample is seen."""
+        if prompt not in self._texts:
+            words = [f"{prompt}, {name}" for name in VIEW_WORDS]
+            self._texts[prompt] = self.prior.encode_text([self.cfg.negative_prompt, *words])
+        none, *sides = self._texts[prompt]  # [L, D] each.
+        text = torch.stack([sides[side] for side in sides_of(source["c"])])  # [b, L, D]
+        return replace(condition, text=torch.stack([none.expand_as(text), text]))
 
     @cached_property
     def edit(self) -> Condition:
@@ -195,8 +223,8 @@ class Guides:
         latents = denoised_latents(
             self.prior,
             latents_src,
-            self.condition,
-            self.condition_src,
+            self.condition_of(source),
+            self.condition_src_of(source),
             how.level,
             how.steps,
             cfg.guidance,

@@ -57,7 +57,8 @@ def dsds_loss(
     """
     _check_shape("latents", latents, (None, None, None, None))
     b, _, h, w = latents.shape
-    _check_shape("condition.text", condition.text, (2, None, None))
+    text = condition.text
+    _check_shape("condition.text", text, (2, b, None, None) if text.ndim == 4 else (2, None, None))
     _check_shape("t", t, (b,))
     _check_shape("noise", noise, tuple(latents.shape))
     if t.is_floating_point() or b and not 0 <= t.min() <= t.max() < len(prior.alphas_cumprod):

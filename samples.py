@@ -39,7 +39,7 @@ class Pool:
         if seen := self._kept.get((draw, first)):
             return seen
         with torch.no_grad():
-            outputs = draw_samples(self.G_src, ws, c, rays)
+            outputs = {"c": c} | draw_samples(self.G_src, ws, c, rays)
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
         if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
@@ -115,7 +115,7 @@ def select_layers(
     noise = torch.randn(2, 1, *guides.prior.latent_shape).to(device)
     ws = G.mapping(z, G.cameras.frontal().to(device), cfg.trunc).detach().requires_grad_()
     rays = G.rays(c)
-    source = Seen(guides, draw_samples(pool.G_src, ws.detach(), c, rays))
+    source = Seen(guides, {"c": c} | draw_samples(pool.G_src, ws.detach(), c, rays))
     adapted = G.synthesis(ws, c, rays=rays, noise_mode="random", force_fp32=True)
     sds = {name: w for name, w in cfg.weights.on().items() if name in SCORE_DISTILLATION}
     gradients, _ = pull_back(adapted, sds, Moment(guides, source, t[:1], noise), batch=1)

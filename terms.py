@@ -139,7 +139,7 @@ def dsds(latents: Tensor, now: Moment) -> Tensor:
     return dsds_loss(
         guides.prior,
         latents,
-        guides.condition,
+        guides.condition_of(source),
         now.t,
         noise,
         cfg.guidance,
@@ -157,7 +157,8 @@ def delta(now: Moment, view: str, depth: Tensor | None = None) -> Tensor | None:
     guides, cfg, noise = now.guides, now.guides.cfg, now.noise[0]
     if not cfg.delta:
         return None
-    inputs = (guides.condition_src, now.t, noise, cfg.guidance, depth)
+    condition = guides.condition_src_of(now.source.outputs)
+    inputs = (condition, now.t, noise, cfg.guidance, depth)
     return noise.lerp(source_noise(guides.prior, now.source.view(view), *inputs), cfg.delta)
 
 
@@ -183,7 +184,7 @@ def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
 def fusion(latents: Tensor, now: Moment) -> Tensor:
     """StyleGAN-Fusion's score distillation."""
     cfg, scores = now.guides.cfg, now.guides.cfg.scores
-    inputs = (now.guides.condition, now.t, now.noise[0], cfg.guidance)
+    inputs = (now.guides.condition_of(now.source.outputs), now.t, now.noise[0], cfg.guidance)
     baseline = delta(now, "clamped latents")
     return fusion_sds_loss(
         now.guides.prior, latents, *inputs, baseline, scores.unit, scores.divisor
@@ -193,7 +194,7 @@ def fusion(latents: Tensor, now: Moment) -> Tensor:
 def score_direction(latents: Tensor, now: Moment) -> Tensor:
     """StyleGAN-Fusion's directional regulariser, which has a noise of its own."""
     cfg, scores = now.guides.cfg, now.guides.cfg.scores
-    inputs = (now.guides.condition, now.t, now.noise[1], cfg.guidance)
+    inputs = (now.guides.condition_of(now.source.outputs), now.t, now.noise[1], cfg.guidance)
     latents_src = now.source.view("clamped latents")
     return score_direction_loss(
         now.guides.prior, latents, latents_src, *inputs, scores.unit_direction, scores.divisor
@@ -203,9 +204,10 @@ def score_direction(latents: Tensor, now: Moment) -> Tensor:
 def score_reconstruction(latents: Tensor, now: Moment) -> Tensor:
     """StyleGAN-Fusion's reconstruction regulariser, with the same noise as the other."""
     cfg = now.guides.cfg
-    inputs = (now.guides.condition, now.t, now.noise[1], cfg.guidance, cfg.scores.divisor)
+    inputs = (now.guides.condition_of(now.source.outputs), now.t, now.noise[1], cfg.guidance)
+    latents_src = now.source.view("clamped latents")
     return score_reconstruction_loss(
-        now.guides.prior, latents, now.source.view("clamped latents"), *inputs
+        now.guides.prior, latents, latents_src, *inputs, cfg.scores.divisor
     )
 
 
@@ -317,6 +319,7 @@ def pull_back(
 def needed(cfg: Config) -> frozenset[str]:
     """Return what the terms with a weight need, all together."""
     needs: set[str] = {"mask"} if cfg.mask else set()
+    needs |= {"c"} if cfg.view_words else set()
     for name in cfg.weights.on():
         needs |= TERMS[name].needs | {VIEWS[TERMS[name].view].output}
     if "prior" in needs and cfg.depth_scale:

@@ -18,6 +18,8 @@ from models.limits import is_number
 FOCAL = 4.2647  # Labels of EG3D's faces and cats: 2985.29 / 700.
 FOCAL_CARS = 1.7074  # Labels of its cars, whose cameras are 1.7 away.
 ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above the face.
+VIEW_WORDS = ("front view", "side view", "back view")
+SIDES = (math.pi / 3, 2 * math.pi / 3)  # Yaws where side views begin and end [rad].
 ALL_ROUND = 3.1  # A yaw range above means every side [rad].
 LABEL_SIZE = 25  # Numbers in a camera label.
 
@@ -105,6 +107,15 @@ def split_label(c: Tensor) -> tuple[Tensor, Tensor]:
     if c.shape[-1] != 25:
         raise ValueError(f"camera labels must be [..., 25], got {list(c.shape)}")
     return c[..., :16].unflatten(-1, (4, 4)), c[..., 16:].unflatten(-1, (3, 3))
+
+
+def sides_of(c: Tensor) -> list[int]:
+    """Return the places in VIEW_WORDS of what views are called, for labels [B, 25].
+
+    Front and back are 120 degrees wide each (DreamFusion's words, arXiv:2209.14988, section 3.2).
+    """
+    yaws = torch.atan2(c[:, 3], c[:, 11]).abs()  # Where the camera stands.
+    return [(yaw > SIDES[0]) + (yaw > SIDES[1]) for yaw in yaws.tolist()]
 
 
 @dataclass(frozen=True)

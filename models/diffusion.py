@@ -46,7 +46,7 @@ class Condition:
     """What the noise prediction is guided towards, each part in a pair, unconditional first.
 
     Attributes:
-        text: Embedded prompts, [2, L, D].
+        text: Embedded prompts, [2, L, D], or one for each of B samples, [2, B, L, D].
         image_embeds: Reference pictures, [2, n, E] (IP-Adapter) or [2, n, L, E] (Plus), n of them;
             None leaves pictures out.
         image_scale: Weight of the pictures' attention; the text's is 1.

@@ -88,7 +88,7 @@ def _predict(
     return prior.predict_noise(
         latents_t.repeat(n, 1, 1, 1),
         t.repeat(n),
-        text.repeat_interleave(b, 0),  # [n * B, L, D]
+        text.flatten(0, 1) if text.ndim == 4 else text.repeat_interleave(b, 0),  # [n * B, L, D]
         None if depth is None else depth.repeat(n, 1, 1, 1),
         None if embeds is None else embeds[halves].repeat_interleave(b, 0),
         condition.image_scale,

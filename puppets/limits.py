@@ -30,7 +30,7 @@ from puppets.data import CAMERAS
 from puppets.domains import DOMAINS
 from puppets.heads import render
 from samples import Pool, draw_heads, draw_samples, step_seed
-from terms import Seen
+from terms import Seen, load_guides
 
 BATCH = 8  # Pictures that the prior paints at once.
 
@@ -68,7 +68,7 @@ def supervise(domain: str, steps: int, out: Path, device: str = "cpu") -> None:
         prompt=DOMAINS[domain].phrases[0], steps=steps, out=out, device=device, weights={"hsc": 0.0}
     )
     G_src = load_generator(locate(cfg.generator), device)
-    guides = Guides.load(cfg, G_src, None, torch.device(device))
+    guides = load_guides(cfg, G_src, None, torch.device(device))
     run = train.prepare(cfg, G_src, guides)
     run.pool = TruePool(cfg, G_src, guides, domain)
     claim_run(cfg.out, settings(cfg) | guides.fingerprints())
@@ -146,7 +146,7 @@ def painted(source: evaluation.Source, truth: oracle.Truth, domain: str) -> eval
     """Return what the prior paints of the source's pictures: the targets of the default method."""
     cfg = train.Config(prompt=DOMAINS[domain].phrases[0])
     G_src = load_generator(locate(cfg.generator))
-    guides = Guides.load(cfg, G_src, None, torch.device("cpu"))
+    guides = load_guides(cfg, G_src, None, torch.device("cpu"))
     views = source.views
     ws = G_src.mapping(views.z, CAMERAS.frontal(len(views.z)))
 

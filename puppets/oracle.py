@@ -32,7 +32,7 @@ from metrics import angle_deg, distances
 from models.cameras import split_label
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
-from puppets.data import CAMERAS, DOMAIN_NAMES
+from puppets.data import CAMERAS, DOMAIN_NAMES, FLAT_Z_DIM, split_code
 from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
 from render import load_run
@@ -106,7 +106,7 @@ def main(cfg: Config) -> None:
     if unknown:
         raise ValueError(f"--out {cfg.out} has no row of {', '.join(unknown)}: run eval.py first")
     oracle = load_oracle(cfg.oracle)
-    names = {"oracle_iou"} | ({"fid"} if find_spec("torchmetrics") else set())
+    names = {"oracle_l1"} | ({"fid"} if find_spec("torchmetrics") else set())
     sources: evaluation.Sources = {}
     truths: Truths = {}
     for ckpt in tqdm(cfg.ckpt, unit="run"):
@@ -147,7 +147,8 @@ def score_run(
     G, G_src, _ = load_run(ckpt, device)
     if G_src is None:
         raise ValueError(f"--ckpt {ckpt}: without its source generator it cannot be scored")
-    if (G.z_dim, G.img_resolution, settings["trunc"]) != (Z_DIM, SIZE, 1):
+    known = G.z_dim in (Z_DIM, FLAT_Z_DIM) and G.img_resolution == SIZE
+    if not known or settings["trunc"] != 1:
         raise ValueError(f"{ckpt}: the truth is known only of puppets with --trunc 1")
     if fingerprint_generator(G) != row.get("weights"):
         raise ValueError(f"{ckpt} has changed since eval.py scored it: run eval.py again")
@@ -163,10 +164,10 @@ def score_run(
     if "real" in row:
         scores = {name: score for name, score in scores.items() if name not in ("fid", "kid")}
     people = people_read(oracle, adapted.image.clamp(-1, 1))
-    scores |= flips(people, source.views.z, reference_identity(ckpt, settings, oracle))
+    z, c = heads_seen(source.views)
+    scores |= flips(people, z, reference_identity(ckpt, settings, oracle))
     if hair:
-        c = CAMERAS.label(*source.views.angles.T)
-        region = edited_region(truth.image, draw_truth(source.views.z, c, domain)[0])
+        region = edited_region(truth.image, draw_truth(z, c, domain)[0])
         scores |= compare_edit(adapted.image, source.renders, truth.image, region)
     return {"oracle_target": domain} | scores
 
@@ -188,17 +189,18 @@ def judge(
         domain: A key of DOMAINS.
 
     Returns:
-        What `compare` returns; `oracle_iou` (see `silhouette_iou`) and `source_iou`, the source's;
+        What `compare` returns; `oracle_iou` (see `silhouette_iou`) and `source_iou`, the source's,
+        where there are masks;
         of the scores of eval.py that the true pictures cannot all reach, theirs: `true_pose_deg`,
         `true_identity_top1`, `true_identity_mrr`, `true_diversity`; if torchmetrics is installed,
         the distances between the two sets: `oracle_kid` by the oracle's own features, `fid` and
         `kid` by CLIP's.
     """
-    images, z = adapted.image.clamp(-1, 1), source.views.z
-    c = CAMERAS.label(*source.views.angles.T)  # [N, 25]
+    images, (z, c) = adapted.image.clamp(-1, 1), heads_seen(source.views)
     scores = compare(oracle, images, truth.image, truth.mask, z, c, domain)
-    scores["oracle_iou"] = silhouette_iou(adapted.mask, truth.mask)
-    scores["source_iou"] = silhouette_iou(source.renders.mask, truth.mask)
+    if adapted.mask.numel():
+        scores["oracle_iou"] = silhouette_iou(adapted.mask, truth.mask)
+        scores["source_iou"] = silhouette_iou(source.renders.mask, truth.mask)
     if find_spec("torchmetrics"):
         pair = (features(oracle, pictures) for pictures in (truth.image, images))
         scores["oracle_kid"] = distances(*pair)["kid"]
@@ -206,7 +208,7 @@ def judge(
         scores |= distances(*pair)
     true = replace(source.renders, image=truth.image, front=truth.front)
     floor = evaluation.likeness(clip, source, true, cfg)
-    del floor["pose_source_deg"]
+    floor.pop("pose_source_deg", None)
     return scores | {f"true_{name}": value for name, value in floor.items()}
 
 
@@ -216,11 +218,20 @@ def true_pictures(
     """Draw the truth of the views that are scored, or return what `truths` keeps of it."""
     key = (domain, hair, cfg.samples, cfg.seed)
     if key not in truths:
-        c = CAMERAS.label(*views.angles.T)
-        image, mask = draw_truth(views.z, c, domain, hair)
-        front, _ = draw_truth(views.z, CAMERAS.frontal(len(c)), domain, hair)
+        z, c = heads_seen(views)
+        image, mask = draw_truth(z, c, domain, hair)
+        front = image  # Pictures without cameras have no other side.
+        if views.angles.any():
+            front, _ = draw_truth(z, CAMERAS.frontal(len(c)), domain, hair)
         truths[key] = Truth(image, mask, front)
     return truths[key]
+
+
+def heads_seen(views: evaluation.Views) -> tuple[Tensor, Tensor]:
+    """Return the heads' own codes [N, 16] and the cameras [N, 25] of what is scored."""
+    if views.z.shape[1] == FLAT_Z_DIM:
+        return split_code(views.z)
+    return views.z, CAMERAS.label(*views.angles.T)
 
 
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
