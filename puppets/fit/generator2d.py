@@ -1,7 +1,9 @@
 """Fit StyleGAN2 to pictures of the heads: person and view are both in its code.
 
-It has no cameras. Fresh pictures, with the code that each of them shows, are drawn in shards; the
-loss compares pixels and their differences, since every code has one true picture.
+It has no cameras. Pictures, with the code that each of them shows, are drawn in shards; the loss
+compares pixels and their differences, since every code has one true picture. The coarse blocks
+learn first, from small pictures: where things are takes thousands of steps, which cost little
+there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from puppets.fit.pretrain import Config, fit, report, save_sheet, warm_start
 FOLDER = Path("checkpoints/puppets2d")
 SHARDS = 120  # Of 128 pictures each.
 HELD_OUT = 2  # Shards that are never trained on.
-BATCH = 8
+# Size of the pictures [px], steps, pictures in a step, learning rate.
+STAGES = ((32, 5000, 16, 5e-3), (64, 3000, 8, 4e-3), (128, 3000, 8, 3e-3))
 
 
 def build_generator() -> StyleGAN2Generator:
@@ -37,7 +40,7 @@ def build_generator() -> StyleGAN2Generator:
         img_resolution=128,
         img_channels=3,
         mapping_kwargs={"num_layers": 4},
-        synthesis_kwargs={"channel_base": 3072, "channel_max": 256},
+        synthesis_kwargs={"channel_base": 3072, "channel_max": 128},
     )
 
 
@@ -102,16 +105,21 @@ def train(cfg: Config) -> None:
         10.0: [p for n, p in named if "mapping" in n],
     }
     data = pictures(range(SHARDS))
+    minutes, blocks = 0.0, G.synthesis.resolutions
+    for size, steps, batch, lr in STAGES:
+        G.synthesis.resolutions = [block for block in blocks if block <= size]
 
-    def terms(step: int) -> dict[str, Tensor]:
-        rows = torch.randint(len(data["z"]), (BATCH,)).numpy()
-        z, target = torch.from_numpy(data["z"][rows]), to_images(data["rgb"][rows])
-        mask = torch.from_numpy(data["mask"][rows, None]).float() / 255
-        ws = G.mapping(z.to(cfg.device), None)
-        image = G.synthesis(ws, noise_mode="none")["image"]
-        return picture_loss(image, target.to(cfg.device), mask.to(cfg.device))
+        def terms(step: int, size: int = size, batch: int = batch) -> dict[str, Tensor]:
+            rows = torch.randint(len(data["z"]), (batch,)).numpy()
+            target = F.adaptive_avg_pool2d(to_images(data["rgb"][rows]), size)
+            mask = torch.from_numpy(data["mask"][rows, None]).float() / 255
+            ws = G.mapping(torch.from_numpy(data["z"][rows]).to(cfg.device), None)
+            image = G.synthesis(ws, noise_mode="none")["image"]
+            mask = F.adaptive_avg_pool2d(mask, size)
+            return picture_loss(image, target.to(cfg.device), mask.to(cfg.device))
 
-    minutes = fit("generator2d", groups, terms, cfg, steps=6000, lr=3e-3)
+        name = "generator2d" if size == blocks[-1] else f"generator2d-{size}"
+        minutes += fit(name, groups, terms, cfg, steps=steps, lr=lr)
     G = G.cpu().eval()
     with torch.no_grad():  # w_avg, which truncation pulls towards.
         ws = G.mapping(torch.randn(10_000, FLAT_Z_DIM), None)
