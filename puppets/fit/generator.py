@@ -16,6 +16,7 @@ from tqdm import tqdm
 from files.generators import load_generator, save_generator
 from harness.pictures import to_uint8
 from harness.store import atomic_write
+from models.cameras import CameraSetup
 from models.eg3d import TriPlaneGenerator
 from puppets import heads
 from puppets.data import CAMERAS, ROOT, to_images
@@ -102,21 +103,27 @@ def aim(head: heads.Heads, c: Tensor, rays: int) -> tuple[Tensor, Tensor]:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)  # bfloat16 would round the truth itself to centimetres.
 def point_terms(
-    G: TriPlaneGenerator, planes: Tensor, ws: Tensor, z: Tensor, rays: int
+    G: TriPlaneGenerator, planes: Tensor, ws: Tensor, z: Tensor, c: Tensor, rays: int
 ) -> dict[str, Tensor]:
-    """Losses of colour and occupancy at points along fresh rays, for the heads of `z`."""
+    """Losses of colour and occupancy at points along fresh rays, for the heads of `z`.
+
+    Args:
+        c: Cameras that the rays start from, [B, 25].
+        rays: For each head.
+    """
     planes = planes.float()
+    near_end, far_end = G.rendering_kwargs["ray_start"], G.rendering_kwargs["ray_end"]
     with torch.no_grad():
         head = heads.build(z)
-        origin, direction = aim(head, CAMERAS.sample(len(z)).to(z.device), rays)
+        origin, direction = aim(head, c, rays)
         t, index = heads.trace(head, origin, direction)
         hit = t.isfinite()
-        t = torch.where(hit, t, NEAR + (FAR - NEAR) * torch.rand_like(t))
+        t = torch.where(hit, t, near_end + (far_end - near_end) * torch.rand_like(t))
         surface = origin + t.unsqueeze(-1) * direction
         color = torch.where(hit.unsqueeze(-1), heads.shade(head, surface, index), 1.0)  # [B, R, 3]
         near = t + 0.005 * torch.randn_like(t)
         around = t + 0.025 * torch.randn_like(t)
-        anywhere = NEAR + (FAR - NEAR) * torch.rand_like(t)
+        anywhere = near_end + (far_end - near_end) * torch.rand_like(t)
         where = torch.cat([near, around, anywhere], 1).unsqueeze(-1)  # [B, 3R, 1]
         points = origin.repeat(1, 3, 1) + where * direction.repeat(1, 3, 1)
         solid = heads.occupied(head, points)  # [B, 3R]
@@ -133,12 +140,14 @@ def point_terms(
     }
 
 
-def source_pictures(count: int, seed: int) -> dict[str, np.ndarray]:
+def source_pictures(
+    count: int, seed: int, cameras: CameraSetup = CAMERAS, name: str = "source"
+) -> dict[str, np.ndarray]:
     """Render source heads once and keep them in `.pretrain`; the same seed gives the same heads."""
-    path = ROOT / f"source-{seed}-{count}.npz"
+    path = ROOT / f"{name}-{seed}-{count}.npz"
     if not path.exists():
         torch.manual_seed(seed)
-        z, c = torch.randn(count, heads.Z_DIM), CAMERAS.sample(count)
+        z, c = torch.randn(count, heads.Z_DIM), cameras.sample(count)
         parts = [
             heads.render(z[i : i + 1], c[i : i + 1])
             for i in tqdm(range(count), desc="source heads")
@@ -204,7 +213,7 @@ def train(cfg: Config) -> None:
     def points(step: int) -> dict[str, Tensor]:
         z = torch.randn(8, heads.Z_DIM).to(cfg.device)
         ws, planes = styles(z)
-        return point_terms(G, planes, ws, z, rays=768)
+        return point_terms(G, planes, ws, z, CAMERAS.sample(8).to(cfg.device), rays=768)
 
     minutes = 0.0
     if not cfg.warm_start:
@@ -224,7 +233,7 @@ def train(cfg: Config) -> None:
         batch = {k: v.to(cfg.device) for k, v in batch.items()}
         ws, planes = styles(batch["z"])
         terms = picture_terms(G, planes, ws, batch)
-        near = point_terms(G, planes, ws, batch["z"], rays=384)
+        near = point_terms(G, planes, ws, batch["z"], CAMERAS.sample(4).to(cfg.device), rays=384)
         return terms | {f"points_{k}": 0.3 * v for k, v in near.items()}
 
     groups[1.0] = groups[1.0] + upper

@@ -1,10 +1,11 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
 First `python -m puppets.data`, then `python -m puppets.fit.pretrain PART` with PART one of clip,
-vae, unet, ip-adapter, dino, oracle, generator, generator2d. The UNet needs CLIP and VAE, the
-IP-Adapter the UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt` every three
-minutes; the finished part is written in the formats of real checkpoints to `checkpoints/puppets`
-(generator2d: `checkpoints/puppets2d`), and its validation figures to REPORT.md there.
+vae, unet, ip-adapter, dino, oracle, generator, generator2d, generator360. The UNet needs CLIP and
+VAE, the IP-Adapter the UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt`
+every three minutes; the finished part is written in the formats of real checkpoints to
+`checkpoints/puppets` (the last two: `checkpoints/puppets2d`, `checkpoints/puppets360`), and its
+validation figures to REPORT.md there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,17 @@ DIFFUSION = OUT / "diffusion"
 EAGER = "eager"  # CPUs' fused attention is slow backwards in bfloat16.
 SAVE_SECONDS = 180
 WARM_RATE = 0.4  # Times the learning rate: the full one would undo what a warm start knows.
-Part = Literal["clip", "vae", "unet", "ip-adapter", "dino", "oracle", "generator", "generator2d"]
+Part = Literal[
+    "clip",
+    "vae",
+    "unet",
+    "ip-adapter",
+    "dino",
+    "oracle",
+    "generator",
+    "generator2d",
+    "generator360",
+]
 
 
 @dataclass
