@@ -33,6 +33,7 @@ OFFICIAL_FILES = {
     "afhq": "EG3D's afhqcats512-128.pkl",
     "stylegan2-ffhq": "stylegan2-ada-pytorch's ffhq.pkl",
     "stylegan2-afhq": "stylegan2-ada-pytorch's afhqcat.pkl",
+    "panohead": "PanoHead's easy-khair-180-gpc0.8-trans10-025000.pkl",
 }
 
 
@@ -73,6 +74,9 @@ def read_loras(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(loras)
 
 
+Base = Literal[
+    "puppets", "puppets2d", "ffhq", "afhq", "stylegan2-ffhq", "stylegan2-afhq", "panohead"
+]
 Count = Annotated[int, Within(1)]
 Fraction = Annotated[float, Within(0, 1)]
 Scale = Annotated[float, Within(0, 10)]
@@ -155,9 +159,7 @@ class Config:
     """Local edit, such as "a person with green hair", in place of a prompt (diffusiongan3d)."""
     out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
 
-    base: Literal["puppets", "puppets2d", "ffhq", "afhq", "stylegan2-ffhq", "stylegan2-afhq"] = (
-        "puppets"
-    )
+    base: Base = "puppets"
     """World of the generator; sets defaults. Puppets, and their pictures (2d), bring their own."""
     method: Literal[
         "denoised", "gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"
@@ -308,6 +310,8 @@ BASES: dict[str, dict[str, Any]] = {
     "afhq": STABLE_DIFFUSION | CATS,
     "stylegan2-ffhq": STABLE_DIFFUSION | FACES | {"steps": 1000},
     "stylegan2-afhq": STABLE_DIFFUSION | CATS,
+    # Heads from all sides: without words for backs they would get a second face there.
+    "panohead": STABLE_DIFFUSION | FACES | {"view_words": True},
 }
 BASES["puppets2d"] = BASES["puppets"] | {"generator": "checkpoints/puppets2d/generator.safetensors"}
 # What a method is on any base: what learns, and what the prior sees of the source.
@@ -395,6 +399,7 @@ NUMBERS = {
     "afhq": PAPERS,
     "stylegan2-ffhq": PAPERS_2D,
     "stylegan2-afhq": PAPERS_2D,
+    "panohead": PAPERS,
 }
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
