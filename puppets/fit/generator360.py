@@ -7,6 +7,7 @@ say what is empty there, which no ray near the head would.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,18 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files.generators import load_generator, save_generator
-from models.cameras import CameraSetup
 from models.panohead import PanoHeadGenerator
 from puppets import heads
-from puppets.data import to_images
+from puppets.data import ROUND_CAMERAS, to_images
 from puppets.fit.generator import picture_terms, point_terms, source_pictures
 from puppets.fit.pretrain import Config, fit, report, save_sheet, warm_start
 
 FOLDER = Path("checkpoints/puppets360")
-CAMERAS = CameraSetup(
-    pivot=(0.0, 0.0, 0.0), yaw_range=math.pi, pitch_range=0.4, distribution="uniform"
-)
-FACES = CameraSetup(pivot=(0.0, 0.0, 0.0), yaw_range=0.8, pitch_range=0.4, distribution="uniform")
+FACES = replace(ROUND_CAMERAS, yaw_range=0.8)
 EMPTY_POINTS = 512  # Anywhere in the box, for each head.
 
 
@@ -83,7 +80,7 @@ def build_generator() -> PanoHeadGenerator:
 
 def draw_cameras(count: int) -> Tensor:
     """Draw labels [count, 25], half of them of the face."""
-    return torch.cat([FACES.sample(count // 2), CAMERAS.sample(count - count // 2)])
+    return torch.cat([FACES.sample(count // 2), ROUND_CAMERAS.sample(count - count // 2)])
 
 
 @torch.autocast("cuda", enabled=False)
@@ -135,7 +132,7 @@ def train(cfg: Config) -> None:
         minutes = fit("generator360-points", groups, points, cfg, steps=2800, lr=5e-3)
 
     faces = source_pictures(3000, 11, FACES, "faces360")
-    around = source_pictures(3000, 12, CAMERAS, "around360")
+    around = source_pictures(3000, 12, ROUND_CAMERAS, "around360")
 
     def pictures(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(faces["z"]), (4,)).numpy()
@@ -174,7 +171,7 @@ def as_batch(data: dict) -> dict[str, Tensor]:
 def report_generator(cfg: Config, minutes: float) -> None:
     """Compare held-out heads with their true pictures, by the side they are seen from."""
     G = load_generator(FOLDER / "generator.safetensors")
-    truth = as_batch(source_pictures(192, 999, CAMERAS, "around360"))
+    truth = as_batch(source_pictures(192, 999, ROUND_CAMERAS, "around360"))
     parts = []
     for z, c in zip(truth["z"].split(8), truth["c"].split(8), strict=True):
         torch.manual_seed(0)
@@ -191,7 +188,7 @@ def report_generator(cfg: Config, minutes: float) -> None:
         "side": (yaw >= math.pi / 3) & (yaw <= 2 * math.pi / 3),
         "back": yaw > 2 * math.pi / 3,
     }
-    turn = CAMERAS.label(torch.linspace(0, -2 * math.pi, 17)[:16], torch.full((16,), -0.1))
+    turn = ROUND_CAMERAS.label(torch.linspace(0, -2 * math.pi, 17)[:16], torch.full((16,), -0.1))
     rows = []
     for k in range(3):
         ws = G.mapping(truth["z"][k : k + 1], G.cameras.frontal())

@@ -1,11 +1,12 @@
 """Train the networks of the embedded world, one part a command, each resumable.
 
 First `python -m puppets.data`, then `python -m puppets.fit.pretrain PART` with PART one of clip,
-vae, unet, ip-adapter, dino, oracle, generator, generator2d, generator360. The UNet needs CLIP and
-VAE, the IP-Adapter the UNet; all others need none. Optimiser state goes to `.pretrain/PART.pt`
-every three minutes; the finished part is written in the formats of real checkpoints to
-`checkpoints/puppets` (the last two: `checkpoints/puppets2d`, `checkpoints/puppets360`), and its
-validation figures to REPORT.md there.
+vae, unet, ip-adapter, dino, oracle, generator, generator2d, generator360, unet360. The UNet needs
+CLIP and VAE, the IP-Adapter the UNet, unet360 both and `python -m puppets.data --around`; all
+others need none. Optimiser state goes to `.pretrain/PART.pt` every three minutes. The finished part
+is written in the formats of real checkpoints to `checkpoints/puppets`, those of pictures and of
+heads seen from all sides to `checkpoints/puppets2d` and `checkpoints/puppets360`, its validation
+figures to REPORT.md there.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ Part = Literal[
     "generator",
     "generator2d",
     "generator360",
+    "unet360",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,8 +127,25 @@ def noise_loss(prediction: Tensor, noise: Tensor, t: Tensor, abar: Tensor) -> Te
 
 
 def train(cfg: Config) -> None:
-    """Train UNet and ControlNet together: depth for 60 % of the samples, no text for 12 %."""
-    data = load(keys=("rgb", "depth", "mask", "caption"))
+    """Train the prior, and write it and its figures."""
+    minutes = fit_prior(cfg, "unet", DIFFUSION, steps=2400)
+    write_model_index()
+    report_prior(cfg, minutes)
+
+
+def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "data") -> float:
+    """Train UNet and ControlNet together: depth for 60 % of the samples, no text for 12 %.
+
+    Args:
+        name: Of the training's state.
+        into: Folder that both are written to.
+        steps: Optimiser steps.
+        pictures: Folder of the shards.
+
+    Returns:
+        Minutes spent.
+    """
+    data = load(keys=("rgb", "depth", "mask", "caption"), folder=pictures)
     vae = AutoencoderKL.from_pretrained(DIFFUSION / "vae").float().eval()
     latents = prepare_latents(vae, data.pop("rgb"))
     embedded, which, empty = embed_captions(data["caption"])
@@ -175,11 +193,10 @@ def train(cfg: Config) -> None:
             * (pad / 32),
         }
 
-    minutes = fit("unet", params, terms, cfg, steps=2400, lr=8e-4, weight_decay=0.01)
-    unet.cpu().half().save_pretrained(DIFFUSION / "unet")
-    controlnet.cpu().half().save_pretrained(DIFFUSION / "controlnet")
-    write_model_index()
-    report_prior(cfg, minutes)
+    minutes = fit(name, params, terms, cfg, steps=steps, lr=8e-4, weight_decay=0.01)
+    unet.cpu().half().save_pretrained(into / "unet")
+    controlnet.cpu().half().save_pretrained(into / "controlnet")
+    return minutes
 
 
 @torch.no_grad()
