@@ -38,6 +38,7 @@ from harness.run_folder import (
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
+TURNED = 1.6  # Yaws beyond are seen from behind [rad].
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
 VERSION = 3  # Meaning of the scores; rows of other versions are scored again.
 # Settings that may differ among the seeds of one row in the table.
@@ -191,6 +192,7 @@ class Views:
 
     z: Tensor  # [N, z_dim]
     angles: Tensor  # Yaw and pitch as `cameras.orbit` takes them, [N, 2].
+    c: Tensor  # The cameras' labels, [N, 25], empty where a generator has none.
 
 
 @dataclass(frozen=True)
@@ -338,11 +340,11 @@ def draw_views(G: Generator, cfg: Config) -> tuple[Views, Views]:
     """
     torch.manual_seed(cfg.seed)
     width = torch.tensor([G.cameras.yaw_range, G.cameras.pitch_range])
-    scored, fitted = (
-        Views(torch.randn(count, G.z_dim), (2 * torch.rand(count, 2) - 1) * width)
-        for count in (cfg.samples, min(PROBE_SHARE * cfg.samples, MOST_PROBES))
-    )
-    return scored, fitted
+    both = []
+    for count in (cfg.samples, min(PROBE_SHARE * cfg.samples, MOST_PROBES)):
+        z, angles = torch.randn(count, G.z_dim), (2 * torch.rand(count, 2) - 1) * width
+        both.append(Views(z, angles, G.cameras.label(*angles.T)))
+    return both[0], both[1]
 
 
 def render_source(G_src: Generator, trunc: float, cfg: Config, sources: Sources) -> Source:
@@ -351,8 +353,8 @@ def render_source(G_src: Generator, trunc: float, cfg: Config, sources: Sources)
     if key not in sources:
         sources.clear()
         views, probe_views = draw_views(G_src, cfg)
-        turns = probe_views.angles.any()
-        probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", False) if turns else None
+        probed = 0 < probe_views.angles.abs().max() < TURNED
+        probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", False) if probed else None
         renders = render_all(G_src, views, trunc, cfg, "source")
         sources[key] = Source(views, renders, probe_views, probes or renders)
     return sources[key]
@@ -368,7 +370,7 @@ def render_all(
     """
     device = next(iter(G.parameters())).device
     frontal = G.cameras.frontal().to(device)  # [1, 25]
-    labels = G.cameras.label(*views.angles.T).to(device)  # [N, 25]
+    labels = views.c.to(device)  # [N, 25]
     parts = []
     for i in tqdm(range(len(labels)), desc=name, unit="head", leave=False):
         ws = G.mapping(views.z[i : i + 1].to(device), frontal, truncation_psi=trunc)
@@ -516,10 +518,10 @@ def known_domains(settings: dict) -> dict[str, str]:
 def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) -> Row:
     """Return what `metrics.pose` and, from the front, `metrics.identity` do, of CLIP's cells.
 
-    A generator that cannot turn has no pose.
+    A generator that cannot turn has no pose, and a linear probe cannot read angles all round.
     """
     row: Row = {}
-    if source.probe_views.angles.any():
+    if 0 < source.probe_views.angles.abs().max() < TURNED:
         fitted, fitted_angles = cells(clip, source.probes.image, cfg), source.probe_views.angles
         before, after = (cells(clip, x.image, cfg) for x in (source.renders, adapted))
         row = metrics.pose(fitted, fitted_angles, before, after, source.views.angles)
@@ -533,7 +535,7 @@ def geometry(G: Generator, source: Source, adapted: Renders) -> Row:
     The two views are the random camera and the frontal one.
     """
     before = source.renders
-    label = G.cameras.label(*source.views.angles.T)  # [N, 25]
+    label = source.views.c  # [N, 25]
     c = torch.stack([label, G.cameras.frontal(len(label))], dim=1)  # [N, 2, 25]
     depth = torch.cat([adapted.depth, adapted.front_depth], dim=1)  # [N, 2, n, n]
     mask = torch.cat([adapted.mask, adapted.front_mask], dim=1)

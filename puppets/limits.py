@@ -137,7 +137,7 @@ def one_person(source: evaluation.Source, truth: oracle.Truth, domain: str) -> e
     """Return the truth of the first latent alone, from everyone's camera."""
     views = source.views
     z = views.z[:1].expand_as(views.z)
-    image, mask = oracle.draw_truth(z, CAMERAS.label(*views.angles.T), domain)
+    image, mask = oracle.draw_truth(z, views.c, domain)
     front = truth.front[:1].expand_as(truth.front)
     return replace(source.renders, image=image, front=front, mask=mask)
 
@@ -159,7 +159,7 @@ def painted(source: evaluation.Source, truth: oracle.Truth, domain: str) -> eval
         return torch.cat(parts)
 
     with torch.no_grad():
-        image = paint(CAMERAS.label(*views.angles.T), "painted")
+        image = paint(views.c, "painted")
         front = paint(CAMERAS.frontal(len(views.z)), "painted from the front")
     return replace(source.renders, image=image, front=front)
 

@@ -29,9 +29,10 @@ from harness.cli import run_cli
 from harness.pictures import read_picture, to_image
 from harness.run_folder import locate
 from metrics import angle_deg, distances
-from models.cameras import split_label
+from models.cameras import CameraSetup, split_label
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
+from puppets import faces
 from puppets.data import CAMERAS, DOMAIN_NAMES, FLAT_Z_DIM, split_code
 from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
@@ -137,7 +138,8 @@ def score_run(
         `oracle_target`, the domain that the truth is drawn in; what `judge` returns, without `fid`
         and `kid` if the row has those of other pictures; what `flips` returns, of the run's picture
         or, without one, of this repository's; of a prompt such as "a person with green hair", what
-        `compare_edit` returns.
+        `compare_edit` returns; where heads are seen from behind, `oracle_faces`, the share of these
+        views that show a face all the same.
 
     Raises:
         ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
@@ -158,14 +160,18 @@ def score_run(
     adapted = evaluation.render_all(G, source.views, 1.0, cfg, "adapted", front=False)
     if not adapted.image.isfinite().all():
         raise ValueError(f"{ckpt}: the pictures are not finite")
-    truth = true_pictures(source.views, domain, hair, cfg, truths)
+    truth = true_pictures(source.views, domain, hair, cfg, truths, G.cameras)
     clip = ClipFeatures.from_pretrained(locate(settings["clip"]))
     scores = judge(oracle, clip, adapted, source, truth, domain, cfg)
+    if (behind := faces.back_views(heads_seen(source.views)[1])).any():
+        pictures = {"oracle_faces": adapted.image.clamp(-1, 1), "true_oracle_faces": truth.image}
+        scores |= {name: faces.share(clip, x[behind]) for name, x in pictures.items()}
     if "real" in row:
         scores = {name: score for name, score in scores.items() if name not in ("fid", "kid")}
-    people = people_read(oracle, adapted.image.clamp(-1, 1))
     z, c = heads_seen(source.views)
-    scores |= flips(people, z, reference_identity(ckpt, settings, oracle))
+    known = from_front(c)
+    people = people_read(oracle, adapted.image[known].clamp(-1, 1))
+    scores |= flips(people, z[known], reference_identity(ckpt, settings, oracle))
     if hair:
         region = edited_region(truth.image, draw_truth(z, c, domain)[0])
         scores |= compare_edit(adapted.image, source.renders, truth.image, region)
@@ -213,16 +219,25 @@ def judge(
 
 
 def true_pictures(
-    views: evaluation.Views, domain: str, hair: str | None, cfg: evaluation.Config, truths: Truths
+    views: evaluation.Views,
+    domain: str,
+    hair: str | None,
+    cfg: evaluation.Config,
+    truths: Truths,
+    cameras: CameraSetup = CAMERAS,
 ) -> Truth:
-    """Draw the truth of the views that are scored, or return what `truths` keeps of it."""
-    key = (domain, hair, cfg.samples, cfg.seed)
+    """Draw the truth of the views that are scored, or return what `truths` keeps of it.
+
+    Args:
+        cameras: Of the generator, for the view from the front.
+    """
+    key = (domain, hair, cfg.samples, cfg.seed, views.c.sum().item())
     if key not in truths:
         z, c = heads_seen(views)
         image, mask = draw_truth(z, c, domain, hair)
         front = image  # Pictures without cameras have no other side.
         if views.angles.any():
-            front, _ = draw_truth(z, CAMERAS.frontal(len(c)), domain, hair)
+            front, _ = draw_truth(z, cameras.frontal(len(c)), domain, hair)
         truths[key] = Truth(image, mask, front)
     return truths[key]
 
@@ -231,7 +246,12 @@ def heads_seen(views: evaluation.Views) -> tuple[Tensor, Tensor]:
     """Return the heads' own codes [N, 16] and the cameras [N, 25] of what is scored."""
     if views.z.shape[1] == FLAT_Z_DIM:
         return split_code(views.z)
-    return views.z, CAMERAS.label(*views.angles.T)
+    return views.z, views.c
+
+
+def from_front(c: Tensor) -> Tensor:
+    """Return which views are from where the oracle's pictures were, for labels [N, 25]."""
+    return torch.atan2(c[:, 3], c[:, 11]).abs() < CAMERAS.yaw_range + 0.01  # [N]
 
 
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
@@ -359,10 +379,13 @@ def compare(
         `oracle_background_l1`, beside it; `oracle_id`, the mean cosine of the
         identity read to the latent's; `oracle_pose_deg`, the mean angle of the camera read to the
         true one; `oracle_domain`, the share read as the domain; and the last three of the true
-        pictures, `true_oracle_...`.
+        pictures, `true_oracle_...`. These are of views from the front, which the oracle knows.
     """
     images = images.clamp(-1, 1)
-    adapted, floor = read(oracle, images, z, c, domain), read(oracle, truth, z, c, domain)
+    known = from_front(c)
+    adapted, floor = (
+        read(oracle, pictures[known], z[known], c[known], domain) for pictures in (images, truth)
+    )
     difference, head = (images - truth).abs().mean(1, keepdim=True), mask > 0.5
     scores = {
         "oracle_l1": difference.mean().item(),

@@ -29,7 +29,7 @@ def test_a_code_of_pictures_holds_the_head_and_the_view():
     torch.manual_seed(0)
     z = torch.randn(2000, data.FLAT_Z_DIM)
     own, c = data.split_code(z)
-    assert torch.allclose(data.split_code(3 * z)[1], c)  # Only its direction matters.
+    assert (data.split_code(3 * z)[1] - c).abs().max() < 1e-4  # Only its direction matters.
     torch.testing.assert_close(heads.identity(own), heads.identity(z[:, : heads.Z_DIM]))
     yaws = torch.atan2(c[:, 3], c[:, 11])
     quarters = torch.tensor([0.25, 0.5, 0.75])

@@ -50,7 +50,8 @@ def scene():
     """What a source shows of some views, and of others for the pose probe."""
     generator = torch.Generator().manual_seed(3)
     views, probe_views = (
-        Views(torch.empty(0), torch.rand(n, 2, generator=generator) * 1.2 - 0.6) for n in (48, 96)
+        Views(torch.empty(0), torch.rand(n, 2, generator=generator) * 1.2 - 0.6, torch.empty(n, 0))
+        for n in (48, 96)
     )
     people = 0.1 * torch.randn(48, 3, 32, 32, generator=generator)
     probes = renders(probe_views.angles, people[:1])
