@@ -31,6 +31,8 @@ PARAPHRASES = {
 YAWS = {"left": -0.5, "front": 0.0, "right": 0.5}  # Of reference pictures, to see if heads follow.
 GCA3D, PAPERS = "GCA-3D", "GCA-3D without delta"  # With delta, which is ours, and without.
 COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
+FLAT = "Pictures:"  # Begins the labels of runs on a generator without cameras.
+NO_REGULARISER = {"score_direction": 0.0, "perceptual": 0.0}
 MOST_SEEDS = 4
 
 
@@ -185,6 +187,30 @@ GROUPS = {
         tuple(ODD_HAIR),
         (0,),
         "edit",
+    ),
+    "flat": Group(
+        "Pictures of StyleGAN2, from a prompt",
+        {
+            f"{FLAT} {label}": {"base": "puppets2d", **options}
+            for label, options in (
+                ("denoised targets", {"method": "denoised"}),
+                ("SDS", {"method": "sds"}),
+                ("NADA", {"method": "nada"}),
+                ("StyleGAN-Fusion, no regulariser", {"weights": NO_REGULARISER}),
+                ("StyleGAN-Fusion, direction", {"weights": {"perceptual": 0.0}}),
+                (
+                    "StyleGAN-Fusion, reconstruction",
+                    {"weights": NO_REGULARISER | {"score_reconstruction": 0.03}},
+                ),
+                ("StyleGAN-Fusion, perceptual", {"weights": {"score_direction": 0.0}}),
+                ("StyleGAN-Fusion, direction and perceptual", {}),
+                ("StyleGAN-Fusion, 3 layers", {"weights": NO_REGULARISER, "select_layers": 3}),
+                ("StyleGAN-Fusion, 6 layers", {"weights": NO_REGULARISER, "select_layers": 6}),
+            )
+        },
+        TABLE,
+        (0,),
+        method="stylegan-fusion",
     ),
     "gallery": Group(
         "Other domains",
