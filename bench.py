@@ -207,6 +207,8 @@ class World:
     def G_src(self) -> Generator:
         """The frozen source."""
         G = random_generator() if self.random else load_generator(locate(self.cfg.generator))
+        if "planes" not in G.gives:
+            raise ValueError(f"{self.cfg.generator} has no planes, which most parts here measure")
         return G.to(self.device)
 
     @cached_property
@@ -303,7 +305,8 @@ class World:
         source = samples.draw_samples(self.G_src, self.ws, self.c, rays)
         times = samples.draw_times(self.cfg, self.guides, self.cfg.steps // 2).to(self.device)
         noise = samples.draw_noise(self.cfg, self.guides).to(self.device)
-        return terms.Moment(self.guides, terms.Seen(self.guides, source), times, noise, 0.5)
+        seen = terms.Seen(self.guides, {"c": self.c} | source)
+        return terms.Moment(self.guides, seen, times, noise, 0.5)
 
     @cached_property
     def images(self) -> Tensor:

@@ -142,9 +142,9 @@ class Scores:
     divisor: Annotated[float, Within(0, 1e4, above=True)] = 100.0
     """Divides its scores before they are clamped to +-1."""
     clip: Annotated[float, Within(0, 1, above=True)] = 1.0
-    """Quantile of a picture's gradient beyond which score distillation's is clipped; 1: nothing."""
+    """Quantile of a picture's gradient beyond which that of fusion-clipped is cut; 1: nothing."""
     layer_before: bool = False
-    """Of each selected layer let the one before it learn, which its code does by mistake."""
+    """Let the layer before each selected one learn, which its code does by mistake."""
 
 
 @dataclass(init=False)
@@ -275,9 +275,9 @@ def preset(base: str, method: str, **given: Any) -> Config:
 
 # What learns. Biases, constants and noise strengths would let every head drift alike
 # (StyleGAN-Fusion, which freezes them).
-WEIGHTS_LEARN = (r"((backbone\.)?synthesis|superresolution)\..*\.weight",)
-BACKBONE_LEARNS = (r"(backbone\.)?synthesis\..*",)
-NO_TORGB_LEARNS = (r"(backbone\.)?synthesis\.(?!.*\.torgb\.).*",)
+WEIGHTS_LEARN = (r"(backbone\.synthesis|superresolution)\..*\.weight",)
+BACKBONE_LEARNS = (r"backbone\.synthesis\..*",)
+NO_TORGB_LEARNS = (r"backbone\.synthesis\.(?!.*\.torgb\.).*",)
 LAYERS_LEARN = (r"synthesis\.b(?!4\.)\d+\.conv[01]\.(weight|affine\.weight|noise_strength)",)
 DECODER_THEN_SUPERRES = (r"decoder\..*", r"superresolution\..*\.(weight|bias)")
 
@@ -332,12 +332,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "3d-adapter": {"learns": DECODER_THEN_SUPERRES},  # arXiv:2410.08824
 }
 # The same where generators make pictures alone: nothing has depth or a mask.
-METHODS_2D = {m: row | {"depth_scale": 0.0, "mask": False} for m, row in METHODS.items()}
+METHODS_2D = {
+    method: row
+    | {"depth_scale": 0.0, "mask": False, "learns": (r"synthesis\..*\.weight",)}
+    | ({"learns": row["learns"]} if method == "3d-adapter" else {})
+    for method, row in METHODS.items()
+}
 METHODS_2D["stylegan-fusion"] |= {  # As its code has it for StyleGAN2.
     "learns": LAYERS_LEARN,
     "scores": Scores(unit=False, unit_direction=False, divisor=1.0, clip=0.95),
 }
-METHODS_2D["nada"] |= {"learns": NO_TORGB_LEARNS}
+for _method in ("nada", "diffusiongan3d"):
+    METHODS_2D[_method] |= {"learns": (r"synthesis\.(?!.*\.torgb\.).*",)}
 # Learning rate, guidance, weights. On Stable Diffusion those of the papers: StyleGAN-Fusion's are
 # for gradients summed over 64 x 64 latent cells (LPIPS * 2000 / 100), DiffusionGAN3D's are not
 # public, 3D-Adapter's are those of DoRM, by its authors. Score distillation that neither scales its
@@ -403,6 +409,7 @@ NUMBERS = {
 }
 # What --edit changes of a method; others have no local edits.
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
+EDITS_2D = {"diffusiongan3d": {"learns": (r"synthesis\..*",), "keep": 20.0}}
 # How targets begin from a picture without words, which the source's own picture would outweigh.
 FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}
 
@@ -418,9 +425,9 @@ def _defaults(
     for flag, name, known in (("--base", base, BASES), ("--method", method, METHODS)):
         if name not in known:
             raise ValueError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
-    methods = METHODS_2D if base in FLAT else METHODS
+    methods, edits = (METHODS_2D, EDITS_2D) if base in FLAT else (METHODS, EDITS)
     row = BASES[base] | methods[method] | NUMBERS[base][method]
-    row |= EDITS.get(method, {}) if edit else {}
+    row |= edits.get(method, {}) if edit else {}
     targets, scores = row.pop("targets", Targets()), row.pop("scores", Scores())
     if image and not prompt:
         targets = dataclasses.replace(targets, **FROM_PICTURE)
@@ -475,7 +482,7 @@ def check(cfg: Config) -> None:
     if not cfg.generator:
         raise ValueError(
             f"--base {cfg.base} comes without a generator: give --generator with "
-            f"{OFFICIAL_FILES[cfg.base]} or another .pkl or .safetensors"
+            f"{OFFICIAL_FILES.get(cfg.base, "EG3D's")} or another .pkl or .safetensors"
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", cfg.device):
         raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {cfg.device}")
@@ -490,7 +497,7 @@ def check(cfg: Config) -> None:
     _check_weights(cfg)
     _check_sources(cfg)
     check_folder(cfg.out)
-    check_run(cfg.out, settings(cfg))
+    check_run(cfg.out, settings(cfg), usual_settings(cfg))
 
 
 def _check_bounds(cfg: Config) -> None:
@@ -557,6 +564,12 @@ def references(cfg: Config) -> list[Image.Image]:
     if kept and not all(path.exists() for path in cfg.image):
         return [read_picture(path) for path in kept]
     return read_pictures(cfg.image)
+
+
+def usual_settings(cfg: Config) -> dict[str, Any]:
+    """Return the settings of a run if no option beyond its target were given."""
+    usual = preset(cfg.base, cfg.method, prompt=cfg.prompt, edit=cfg.edit, image=cfg.image)
+    return json.loads(json.dumps(asdict(usual), default=str))
 
 
 def settings(cfg: Config) -> dict[str, Any]:

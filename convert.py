@@ -1,10 +1,10 @@
-"""Turn EG3D's own files into a .safetensors, which loads at once and holds no code.
+"""Turn official files into a .safetensors, which loads at once and holds no code.
 
     python convert.py --generator ffhqrebalanced512-128.pkl --out ffhq.safetensors
     python convert.py --generator ffhqrebalanced512-128.pkl --out ffhq-half.safetensors --half
 
-A .pkl shrinks from 377 MB to 123 MB, since only its averaged generator is kept, and with --half to
-half of that. Scripts read both kinds of files alike.
+EG3D's .pkl shrinks from 377 MB to 123 MB, since only its averaged generator is kept, and with --half
+to half of that. Scripts read both kinds of files alike.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from harness.run_folder import check_folder, check_source, make_folder
 class Config:
     """Options of convert.py."""
 
-    generator: str  # EG3D's .pkl, a .pth with its names, or another generator: file, hub id, URL.
+    generator: str  # Official .pkl, .pth, .pt or another generator: file, hub id, URL.
     out: Path  # The .safetensors to write; one that exists is replaced.
     half: bool = False  # Whether weights are rounded to half precision.
 

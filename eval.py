@@ -38,7 +38,7 @@ from harness.run_folder import (
 
 CELLS = 8  # Feature maps are averaged to this many cells per side: where things are.
 PROBE_SHARE, MOST_PROBES = 2, 256  # Source renders for the pose probe, per sample and in all.
-TURNED = 1.6  # Yaws beyond are seen from behind [rad].
+TURNED = 1.6  # Yaw range from which on faces go out of sight [rad].
 FEWEST, QUICK, MOST = 8, 64, 100_000  # Samples: the least, the most with --quick and without.
 VERSION = 3  # Meaning of the scores; rows of other versions are scored again.
 # Settings that may differ among the seeds of one row in the table.
@@ -214,7 +214,7 @@ class Source:
     views: Views
     renders: Renders
     probe_views: Views  # Those that the pose probe is fitted on.
-    probes: Renders
+    probes: Renders | None  # None where no linear probe could read a pose.
 
 
 Sources = dict[tuple, Source]  # By generator, truncation, number of samples and seed.
@@ -353,10 +353,10 @@ def render_source(G_src: Generator, trunc: float, cfg: Config, sources: Sources)
     if key not in sources:
         sources.clear()
         views, probe_views = draw_views(G_src, cfg)
-        probed = 0 < probe_views.angles.abs().max() < TURNED
+        probed = 0 < G_src.cameras.yaw_range < TURNED
         probes = render_all(G_src, probe_views, trunc, cfg, "pose probe", False) if probed else None
         renders = render_all(G_src, views, trunc, cfg, "source")
-        sources[key] = Source(views, renders, probe_views, probes or renders)
+        sources[key] = Source(views, renders, probe_views, probes)
     return sources[key]
 
 
@@ -521,7 +521,7 @@ def likeness(clip: ClipFeatures, source: Source, adapted: Renders, cfg: Config) 
     A generator that cannot turn has no pose, and a linear probe cannot read angles all round.
     """
     row: Row = {}
-    if 0 < source.probe_views.angles.abs().max() < TURNED:
+    if source.probes is not None:
         fitted, fitted_angles = cells(clip, source.probes.image, cfg), source.probe_views.angles
         before, after = (cells(clip, x.image, cfg) for x in (source.renders, adapted))
         row = metrics.pose(fitted, fitted_angles, before, after, source.views.angles)

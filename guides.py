@@ -217,9 +217,11 @@ class Guides:
     def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:
         """Return what the prior makes of the source's pictures, [b, 3, R, R], clamped to [-1, 1].
 
-        Outside of the foreground and its margin, with --mask, the source's picture stays as it is.
+        Pictures larger than the prior's own are shrunk to its size. Outside of the foreground and
+        its margin, with --mask, the source's picture stays as it is.
         """
-        cfg, how, image = self.cfg, self.cfg.targets, source["image"]
+        cfg, how = self.cfg, self.cfg.targets
+        image = shrink(source["image"], self.prior.image_size)
         latents = denoised_latents(
             self.prior,
             latents_src,
@@ -271,7 +273,8 @@ def load_prior(cfg: Config, device: torch.device) -> DiffusionPrior:
         )
     if cfg.image and prior.image_encoder is None:
         raise ValueError(f"{source} has no IP-Adapter for --image: name one with --ip-adapter")
-    unknown = prior.unknown_words(cfg.prompt)
+    words = ", ".join(VIEW_WORDS) if cfg.view_words else ""
+    unknown = prior.unknown_words(f"{cfg.prompt} {words}".strip())
     if prior.vocabulary and unknown:
         domains = prior.vocabulary.get("domains", {}).values() or prior.vocabulary["words"]
         print(
@@ -307,6 +310,11 @@ def load_vit(cfg: Config, device: torch.device) -> TokenFeatures:
             f"and --weights.hsc needs at least {finest} x {finest}"
         )
     return vit
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Resize images that are larger than a square of this size to it."""
+    return resize(images, size) if images.shape[-1] > size else images
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import exit_codes, read_options
-from harness.pictures import is_ours
+from harness.pictures import is_our_video, is_ours
 from harness.run_folder import check_folder, check_source, locate, make_folder, read_settings
 
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
 VIDEO = "interpolation.webp"
-MOST_FRAMES = 360  # Pillow wants them all before it encodes: 0.6 GB for pairs of 512 px.
+MOST_FRAMES = 360  # Pillow wants them all before it encodes: 2.3 GB for pairs of 1024 px.
 VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
 
 
@@ -61,19 +61,25 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--trunc must be a number, got {cfg.trunc}")
     for flag, value, (least, most) in (
         ("--orbit", cfg.orbit, (2, MOST_FRAMES)),
-        ("--interpolate", cfg.interpolate, (2, MOST_FRAMES // len(seeds))),
         ("--mesh", cfg.mesh, VOXELS),
     ):
         if value and not least <= value <= most:
             raise ValueError(f"{flag} must be {least} to {most}, or 0 for none, got {value}")
-    if cfg.interpolate and len(seeds) == 1:
-        raise ValueError(f"--interpolate needs two --seeds or more, got {cfg.seeds}")
+    if cfg.interpolate and cfg.interpolate < 2:
+        raise ValueError(f"--interpolate must be at least 2, got {cfg.interpolate}")
+    if cfg.interpolate and not 2 <= len(seeds) <= MOST_FRAMES // cfg.interpolate:
+        raise ValueError(
+            f"--interpolate needs two --seeds or more, and {MOST_FRAMES} frames in all at most, "
+            f"got {len(seeds)} times {cfg.interpolate}"
+        )
     if cfg.mesh and importlib.util.find_spec("skimage") is None:
         raise ValueError("--mesh needs scikit-image: pip install scikit-image")
     check_folder(cfg.out)
     check_source("--ckpt", cfg.ckpt)
     if cfg.out.exists():
         check_replaced(cfg.out, seeds)
+        if cfg.interpolate and (cfg.out / VIDEO).exists() and not is_our_video(cfg.out / VIDEO):
+            raise ValueError(f"--out {cfg.out}: {VIDEO} was not written by render.py: move it away")
 
 
 def check_replaced(out: Path, seeds: list[int]) -> None:
@@ -88,8 +94,6 @@ def check_replaced(out: Path, seeds: list[int]) -> None:
     stills = [out / still_name(seed) for seed in seeds]
     groups = {still: [still.with_name(still.stem + end) for end in endings] for still in stills}
     groups[out / "grid.png"] = [out / "grid.png"]
-    some = next(filter(is_ours, out.glob("seed*.png")), out)  # Beside each of our videos.
-    groups[some] = [*groups.get(some, []), out / VIDEO]
     for still, files in groups.items():
         there = [path.name for path in files if path.exists()]
         if there and not is_ours(still):
@@ -176,8 +180,8 @@ def main(cfg: Config) -> None:
 
     if cfg.interpolate:
         walks = [interpolation(network, seeds, cfg.interpolate, cfg.trunc) for network in networks]
-        frames = [image_grid([torch.cat(pair)]) for pair in zip(*walks, strict=True)]
-        save_video(frames, cfg.out / VIDEO)
+        pairs = tqdm(zip(*walks, strict=True), total=len(seeds) * cfg.interpolate, unit="frame")
+        save_video([image_grid([torch.cat(pair)]) for pair in pairs], cfg.out / VIDEO)
     if G_src is not None:
         rows = [portraits(network, seeds, cfg.trunc) for network in networks]
         save_image(image_grid(rows), cfg.out / "grid.png")

@@ -115,26 +115,44 @@ def select_layers(
     noise = torch.randn(2, 1, *guides.prior.latent_shape).to(device)
     ws = G.mapping(z, G.cameras.frontal().to(device), cfg.trunc).detach().requires_grad_()
     rays = G.rays(c)
-    source = Seen(guides, {"c": c} | draw_samples(pool.G_src, ws.detach(), c, rays))
+    source = {"c": c}
+    if cfg.delta or cfg.depth_scale or cfg.mask:  # Else nothing looks at it.
+        source |= draw_samples(pool.G_src, ws.detach(), c, rays)
     adapted = G.synthesis(ws, c, rays=rays, noise_mode="random", force_fp32=True)
     sds = {name: w for name, w in cfg.weights.on().items() if name in SCORE_DISTILLATION}
-    gradients, _ = pull_back(adapted, sds, Moment(guides, source, t[:1], noise), batch=1)
+    gradients, _ = pull_back(
+        adapted, sds, Moment(guides, Seen(guides, source), t[:1], noise), batch=1
+    )
     (moves,) = torch.autograd.grad([adapted[n] for n in gradients], ws, list(gradients.values()))
     scores = moves.abs().mean((0, 2))  # [num_ws]
     ranks.add_up([scores], {})  # So that all processes choose alike.
 
-    layers = G.layers
-    if cfg.scores.layer_before:  # As its code has it: conv1, torgb, then each layer a place late.
-        layers = [layers[0], layers[1][:1], *(names[-1:] for names in layers[1:-1])]
-    choices = [
-        {n: p for n, p in learning.items() if n.startswith(tuple(f"{x}." for x in names))}
-        for names in layers
-    ]
+    choices = layer_choices(cfg, G, learning)
     order = [i for i in scores.argsort(descending=True).tolist() if choices[i]]
     chosen: dict[str, nn.Parameter] = {}
     for i in order[: cfg.select_layers]:
         chosen |= choices[i]
     return chosen
+
+
+def layer_choices(
+    cfg: Config, G: Generator, learning: Mapping[str, nn.Parameter]
+) -> list[dict[str, nn.Parameter]]:
+    """Return for each of ws the parameters that learn if it is selected.
+
+    Raises:
+        ValueError: there are none for any.
+    """
+    layers = G.layers
+    if cfg.scores.layer_before:  # As its code has it: conv1, torgb, then each layer a place late.
+        layers = [layers[0], layers[1][:1], *(names[-1:] for names in layers[1:-1])]
+    choices = []
+    for names in layers:
+        parts = tuple(f"{name}." for name in names)
+        choices.append({n: p for n, p in learning.items() if n.startswith(parts)})
+    if not any(choices):
+        raise ValueError("--select-layers: no layer that codes feed may learn by --learns")
+    return choices
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
-from guides import HSC_GRIDS, Guides
+from guides import HSC_GRIDS, Guides, resize, shrink
 from harness import ranks
 from losses import (
     clip_direction_loss,
@@ -53,7 +53,6 @@ class View:
     output: str  # The output that is looked at, such as "image".
     look: Callable[[Guides, Tensor], Tensor]  # (networks, output [b, ...]) -> what is seen [b, ...]
     summed: bool = False  # Whether losses there are sums over latent cells, so divided by them.
-    clipped: bool = False  # Whether gradients are clipped at the output, by --scores.clip.
 
 
 def _layers(guides: Guides, images: Tensor) -> Tensor:
@@ -62,15 +61,25 @@ def _layers(guides: Guides, images: Tensor) -> Tensor:
     return torch.stack(guides.vit.layers(images.clamp(-1, 1), quarters), dim=1)
 
 
+def clip_gradients(guides: Guides, images: Tensor) -> Tensor:
+    """Return images as the VAE takes them, whose gradients are clipped by --scores.clip."""
+    images = resize(images, guides.prior.image_size).clamp(-1, 1)
+    if images.requires_grad:
+        images.register_hook(lambda g: clip_to_quantile(g, guides.cfg.scores.clip))
+    return images
+
+
 VIEWS = {
     "image": View("image", lambda guides, x: x),
+    "pixels": View("image", lambda guides, x: shrink(x, guides.prior.image_size)),
     "planes": View("planes", lambda guides, x: x),
     "features": View("features", lambda guides, x: F.adaptive_avg_pool2d(x, FEATURE_CELLS)),
     "latents": View("image", lambda guides, x: guides.encode(x), summed=True),
     # StyleGAN-Fusion clamps its images.
     "clamped latents": View("image", lambda guides, x: guides.encode(x.clamp(-1, 1)), summed=True),
+    # Of StyleGAN2 it clips their gradients too, where the VAE is given them.
     "clipped latents": View(
-        "image", lambda guides, x: guides.encode(x.clamp(-1, 1)), summed=True, clipped=True
+        "image", lambda guides, x: guides.encode(clip_gradients(guides, x)), summed=True
     ),
     "tokens": View("image", lambda guides, x: guides.vit.tokens(x)),
     "layers": View("image", _layers),
@@ -172,8 +181,8 @@ def hsc(tokens: Tensor, now: Moment) -> Tensor:
 
 
 def denoised(images: Tensor, now: Moment) -> Tensor:
-    """Distance to the prior's own pictures."""
-    return denoised_loss(images, now.source.painted.view("image"))
+    """Distance to the prior's own pictures, at the size at which it paints them."""
+    return denoised_loss(images, now.source.painted.view("pixels"))
 
 
 def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
@@ -258,7 +267,7 @@ def feature_structure(features: Tensor, now: Moment) -> Tensor:
 TERMS = {
     "dsds": Term("latents", dsds, frozenset({"prior"})),
     "hsc": Term("tokens", hsc, frozenset({"vit"})),
-    "denoised": Term("image", denoised, frozenset({"prior"})),
+    "denoised": Term("pixels", denoised, frozenset({"prior"})),
     "denoised_tokens": Term("layers", denoised_tokens, frozenset({"prior", "vit"})),
     "fusion": Term("clamped latents", fusion, frozenset({"prior"})),
     "fusion_clipped": Term("clipped latents", fusion, frozenset({"prior"})),
@@ -310,8 +319,6 @@ def pull_back(
                 row[term] = scale * losses.sum().item()
                 row[f"{term}_grad"] = scale * gradient.flatten(1).norm(dim=1).sum().item()
         (gradient,) = torch.autograd.grad(seen, leaf, total)
-        if view.clipped:
-            gradient = clip_to_quantile(gradient, now.guides.cfg.scores.clip)
         totals[view.output] = totals.get(view.output, 0) + gradient
     return totals, row
 
@@ -345,6 +352,9 @@ def check_generator(cfg: Config, G: Generator) -> None:
     Raises:
         ValueError: naming the terms, or the setting of the generator.
     """
+    turns = G.cameras.yaw_range > 0  # Networks that want a class are refused here.
+    if cfg.view_words and not turns:
+        raise ValueError(f"--view-words needs cameras, and {cfg.generator} has none")
     drawn = G.rendering_kwargs.get("superresolution_noise_mode") == "random"
     if drawn and (ranks.count() > 1 or cfg.micro_batch):
         raise ValueError(

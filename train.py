@@ -13,7 +13,7 @@ shows the numbers of that run.
 
 import sys
 
-from config import Config, check, parse, references, settings
+from config import Config, check, parse, references, settings, usual_settings
 from harness.cli import exit_codes
 
 if __name__ == "__main__":
@@ -61,6 +61,7 @@ from samples import (
     draw_number,
     draw_samples,
     draw_times,
+    layer_choices,
     select_layers,
     step_seed,
 )
@@ -128,7 +129,7 @@ def adapt(cfg: Config) -> None:
     ranks.meet()
     start = state["step"] if state else 0
     if is_first():
-        claim_run(cfg.out, settings(cfg) | guides.fingerprints())
+        claim_run(cfg.out, settings(cfg) | guides.fingerprints(), usual_settings(cfg))
         save_pictures(pictures, cfg.out / "reference.png")
         trim_log(cfg.out, start)
         if start == 0:
@@ -171,6 +172,8 @@ def prepare(cfg: Config, G_src: Generator, guides: Guides) -> Run:
     """Return a run before its first step."""
     G, G_ema = copy.deepcopy(G_src), copy.deepcopy(G_src)
     phases = [learning_weights(G, pattern) for pattern in cfg.learns]
+    for phase in phases if cfg.select_layers else ():
+        layer_choices(cfg, G, phase)  # Refuses what could never be selected.
     weights = {name: weight for phase in phases for name, weight in phase.items()}
     averages = {name: G_ema.get_parameter(name) for name in weights}
     pool = Pool(cfg, G_src, guides)

@@ -52,8 +52,8 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Ge
     """Load a generator: frozen, float32 and in eval mode, whatever precision it is stored in.
 
     Args:
-        source: A .safetensors written by `save_generator`, a run folder, an official .pkl of EG3D
-            or StyleGAN2 (nothing in it is executed), a state dict .pth of a released network, a
+        source: A .safetensors written by `save_generator`, a run folder, an official .pkl of EG3D,
+            PanoHead or StyleGAN2 (nothing in it is executed), a state dict .pth of a released network, a
             whole generator that PTI saved as .pt, a StyleGAN2 of rosinality's as .pt, or one of
             these files by hub id `user/repo/file` or URL. What exists here wins over a hub id.
         device: Where to put it.
@@ -172,7 +172,7 @@ def _read_generator(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return read_saved_file(path)
     if start.startswith(pickle.PROTO):
         return read_official_pickle(path)
-    raise ValueError("it is neither a .safetensors, a .pkl nor a .pth")
+    raise ValueError("it is neither a .safetensors, a .pkl, a .pth nor a .pt")
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -142,7 +142,7 @@ def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
             names no file.
     """
     average = entries(content).get("latent_avg")
-    for wrapper in ("G_ema", "g_ema", "G", "state_dict"):
+    for wrapper in ("G_ema", "g_ema", "params_ema", "G", "g", "state_dict"):
         if type(content) is dict:
             content = content.get(wrapper, content)
     if not (type(content) is dict and content and all(map(is_weight, content.values()))):
@@ -151,6 +151,8 @@ def read_state_dict(path: Path, content: Any) -> tuple[dict, dict[str, Tensor]]:
     if is_stylegan2(content):
         return read_stylegan2(path, content, average if is_weight(average) else None)
 
+    if any(name.startswith("t_mapping.") for name in content):
+        raise ValueError("it holds PanoHead's weights without its settings: give its .pkl")
     faces = "afhqcats512-128" if "afhq" in path.name.lower() else "ffhq512-128"
     name = recognise(content, (faces, "shapenetcars128-64"))
     img_resolution, neural_rendering_resolution, rendering_kwargs = RELEASED[name]

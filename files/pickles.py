@@ -83,13 +83,13 @@ class Storage:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type of the numbers, if an EG3D file can need it."""
+        """The type of the numbers, if a generator's file can need it."""
         return DTYPES.get(self.name)
 
     def itemsize(self) -> int:
         """Return the bytes of a number."""
         if self.dtype is None:
-            raise ValueError(f"a tensor is of type {self.name!r}, which no EG3D file needs")
+            raise ValueError(f"a tensor is of type {self.name!r}, which no such file needs")
         return self.dtype.itemsize
 
     def numbers(self) -> Tensor:
@@ -216,7 +216,9 @@ class Machine:
                 if code == pickle.STOP:
                     return self.stack.pop()
                 if code not in OPCODES:
-                    raise ValueError(f"opcode {code!r} at byte {self.at - 1} is none of EG3D's")
+                    raise ValueError(
+                        f"opcode {code!r} at byte {self.at - 1} is none that such files have"
+                    )
                 OPCODES[code](self)
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is damaged near byte {self.at}") from error
@@ -280,7 +282,7 @@ class Machine:
         if len(values) % 2:
             raise IndexError
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Others may be hard to hash or compare, and EG3D has no use for them.
+            # Others may be hard to hash or compare, and generators have no use for them.
             if type(key) is str and len(key) <= MAX_NAME:
                 items[key] = value
 
@@ -296,7 +298,7 @@ class Machine:
         if type(function) is not Global or type(args) is not tuple or len(args) > MAX_ARGUMENTS:
             raise ValueError("it calls what is no function")
         if function.name not in CALLS:
-            raise ValueError(f"it calls {function.name!r}, which no EG3D file needs")
+            raise ValueError(f"it calls {function.name!r}, which no such file needs")
         self.push(CALLS[function.name](*args))
 
     def instantiate(self, cls: Any, args: Any) -> None:

@@ -62,22 +62,28 @@ def read_stylegan2(
     Raises:
         ValueError: the tensors are not those of such a network; the message names no file.
     """
+    content = dict(content)
+    inner = content.pop("latent_avg", None)
+    average = inner if average is None else average
     if "synthesis.b4.const" not in content:
         content = {official_name(k): v for k, v in content.items() if not re.fullmatch(FILTERS, k)}
-        content |= {} if average is None else {"mapping.w_avg": average}
+    content |= {} if average is None else {"mapping.w_avg": average}
     kwargs = arguments(content)
     with torch.device("meta"):
         wanted = StyleGAN2Generator(**kwargs).state_dict()
     if unknown := sorted(content.keys() - wanted.keys()):
         raise ValueError(f"{unknown[0]} belongs to no StyleGAN2 of {kwargs['img_resolution']} px")
 
-    tensors, missing = {}, []
+    tensors, missing, most = {}, [], path.stat().st_size
     generator = torch.Generator().manual_seed(0)
     for name, like in wanted.items():
         if name in content:
             size = content[name].shape()
             if [n for n in size if n != 1] != [n for n in like.shape if n != 1]:
                 raise ValueError(f"{name} must be {list(like.shape)}, got {list(size)}")
+            most -= prod(size)  # A small file can repeat a tensor without end.
+            if most < 0:
+                raise ValueError("it repeats its tensors too often for a file of its size")
             tensors[name] = content[name].load().float().reshape(like.shape)
         elif name.endswith("resample_filter"):
             tensors[name] = fir_filter()
@@ -90,8 +96,8 @@ def read_stylegan2(
         missing.append("average code")
         tensors["mapping.w_avg"] = mean_code(kwargs, tensors)
     if missing:
-        drawn = " and ".join(dict.fromkeys(missing))
-        print(f"note: {path} holds no {drawn}; drawn from a fixed seed", file=sys.stderr)
+        names = " and ".join(dict.fromkeys(missing))
+        print(f"note: {path} holds no {names}; made from a fixed seed", file=sys.stderr)
     return {"format": "stylegan2-safetensors", "init_kwargs": kwargs}, tensors
 
 
@@ -101,6 +107,8 @@ def official_name(name: str) -> str:
     Raises:
         ValueError: there is none.
     """
+    if name == "mapping.w_avg":
+        return name
     if match := re.fullmatch(r"style\.(\d{1,2})\.(weight|bias)", name):
         return f"mapping.fc{int(match[1]) - 1}.{match[2]}"
     if name == "input.input":

@@ -21,7 +21,8 @@ GRID_COLUMNS = 8
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
 MOST_REFERENCES = 64  # The IP-Adapter attends to every one of them.
 FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
-SOFTWARE = "GCA-3D"  # Stands in every PNG that these scripts write.
+SOFTWARE = "GCA-3D"  # Stands in every PNG and WebP that these scripts write.
+SOFTWARE_TAG = 0x0131  # Of EXIF.
 # Formats that Pillow can name but not always read: data, videos, and what needs other programs.
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 HEIF_ENDINGS = {".heic", ".heif", ".avif"}  # Phones' formats.
@@ -76,6 +77,15 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+def is_our_video(path: Path) -> bool:
+    """Return whether a file is a WebP that one of these scripts wrote."""
+    try:
+        with Image.open(path) as picture:
+            return picture.getexif().get(SOFTWARE_TAG) == SOFTWARE
+    except (OSError, Image.DecompressionBombError):
+        return False
+
+
 def save_pictures(pictures: Iterable[Image.Image], path: Path) -> None:
     """Write PNGs as <path>, <path stem>-2.png, <path stem>-3.png, ..."""
     for number, picture in enumerate(pictures, 1):
@@ -84,8 +94,11 @@ def save_pictures(pictures: Iterable[Image.Image], path: Path) -> None:
 
 
 def save_video(frames: list[Image.Image], path: Path) -> None:
-    """Write an animated WebP that loops, completely or not at all."""
+    """Write an animated WebP that loops and that `is_our_video` will know, whole or not at all."""
+    exif = Image.Exif()
+    exif[SOFTWARE_TAG] = SOFTWARE
     options = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MS, "loop": 0}
+    options["exif"] = exif
     atomic_write(path, lambda file: frames[0].save(file, format="WEBP", quality=90, **options))
 
 

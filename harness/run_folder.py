@@ -10,9 +10,10 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 
@@ -159,12 +160,13 @@ def read_settings(folder: Path) -> dict:
     return settings | {"image": image}
 
 
-def check_run(folder: Path, settings: dict) -> None:
+def check_run(folder: Path, settings: dict, usual: Mapping = MappingProxyType({})) -> None:
     """Refuse a run folder that was made with other settings.
 
     Args:
         folder: The run folder, which need not exist.
         settings: What the run is to be made with, as JSON knows it.
+        usual: Settings that options have which a folder knows nothing of, since they came later.
 
     Raises:
         ValueError: naming the settings that differ, or another program's files in the way.
@@ -185,7 +187,10 @@ def check_run(folder: Path, settings: dict) -> None:
                 "folder, and a run's files will not get mixed up with others"
             )
         return
-    then = read_settings(folder)
+    then = {**usual, **read_settings(folder)}
+    for name, value in usual.items():
+        if isinstance(value, dict) and isinstance(then[name], dict):
+            then[name] = value | then[name]
     changed = [
         key for key in settings if key not in FREE_TO_CHANGE and settings[key] != then.get(key)
     ]
@@ -196,13 +201,13 @@ def check_run(folder: Path, settings: dict) -> None:
         )
 
 
-def claim_run(folder: Path, settings: dict) -> None:
+def claim_run(folder: Path, settings: dict, usual: Mapping = MappingProxyType({})) -> None:
     """Make a run folder and note its settings, or take over one that was made with them.
 
     Raises:
         ValueError: see `check_run`; or the folder cannot be made.
     """
-    check_run(folder, settings)
+    check_run(folder, settings, usual)
     make_folder(folder)
     remove_leftovers(folder)
     text = json.dumps(settings, indent=2) + "\n"

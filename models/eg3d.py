@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.cameras import FOCAL, FOCAL_CARS, CameraSetup
 from models.field import Activation, Decoder, evaluate_points
 from models.layers import NoiseMode
-from models.limits import is_number
+from models.limits import MAX_SIZE
 from models.renderer import (
     RayOptions,
     Rays,
@@ -45,7 +45,6 @@ EXTRAS = {
 }
 EXTRA_SIZES = ("plane_resolution", "plane_channels", "decoder_hidden", "feature_channels")
 SIZES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
-MAX_SIZE = 2**20  # A guard against files.
 DICTS = ("mapping_kwargs", "rendering_kwargs", "sr_kwargs")
 MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
 
@@ -119,8 +118,6 @@ class TriPlaneGenerator(nn.Module):
         for name in DICTS:
             if not isinstance(arguments[name], dict | None):
                 raise ValueError(f"{name} must be a dict, got {arguments[name]!r}")
-        if conv_clamp is not None and not (is_number(conv_clamp) and conv_clamp > 0):
-            raise ValueError(f"conv_clamp must be positive or None, got {conv_clamp!r}")
         # Data for JSON; ours are left out where they equal EG3D's.
         self.init_kwargs = copy.deepcopy(
             {k: v for k, v in arguments.items() if k not in EXTRAS or v != EXTRAS[k]}
@@ -352,8 +349,8 @@ class TriPlaneGenerator(nn.Module):
             directions: Unit directions, [B, M, 3].
 
         Returns:
-            Features [B, M, 32] in [-1, 1] (the first three are the colour), depth [B, M, 1] and
-            opacity acc [B, M, 1].
+            Features [B, M, 32], depth [B, M, 1] and opacity acc [B, M, 1]. Of EG3D features are in
+            [-1, 1], and the first three are the colour.
         """
         options = RayOptions.from_kwargs(self.rendering_kwargs)
         features, depth, acc = self._march(planes, draw_rays(origins, directions, options))
@@ -377,12 +374,22 @@ class TriPlaneGenerator(nn.Module):
             planes: What `planes(ws)` returned before, to skip the backbone.
 
         Returns:
-            `rgb` [B, N, 32] in (-0.001, 1.001) and the raw `sigma` [B, N, 1].
+            The channels `rgb` [B, N, 32], of EG3D in (-0.001, 1.001), and the raw `sigma`
+            [B, N, 1].
         """
         planes = self.planes(ws, noise_mode) if planes is None else planes
         box_warp = self.rendering_kwargs["box_warp"]
         sigma, rgb = evaluate_points(planes, self.decoder, coordinates, self.plane_axes, box_warp)
         return {"rgb": rgb, "sigma": sigma}
+
+    def colours(self, rgb: Tensor, ws: Tensor) -> Tensor:
+        """Return what points look like, about [0, 1], [B, N, 3]: the first of their channels.
+
+        Args:
+            rgb: What `sample_mixed` returns by this name, [B, N, C].
+            ws: Style codes, [B, num_ws, w_dim].
+        """
+        return rgb[..., : self.img_channels]
 
     def sample(
         self,

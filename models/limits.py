@@ -1,5 +1,6 @@
 """Bounds on numbers that come from other people's files."""
 
+MAX_SIZE = 2**20  # Of anything in a network; a guard against files.
 MAX_NUMBER = 1e6  # A guard against files; no honest setting is near it.
 
 

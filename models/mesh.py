@@ -64,7 +64,7 @@ def extract_mesh(G: TriPlaneGenerator, ws: Tensor, voxels: int) -> Mesh | None:
     corners, triangles, _, _ = marching_cubes(density, 0.0, gradient_direction="ascent")
     vertices = torch.from_numpy((corners - 1) * step + low.numpy()).to(ws.device)  # [V, 3]
     colors = [
-        G.sample_mixed(points[None], None, ws, planes=planes)["rgb"][0, :, :3]
+        G.colours(G.sample_mixed(points[None], None, ws, planes=planes)["rgb"], ws)[0]
         for points in vertices.split(CHUNK_POINTS)
     ]
     colors = (torch.cat(colors) * 255 + 0.5).clamp(0, 255).to(torch.uint8)  # [V, 3]

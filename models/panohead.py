@@ -7,6 +7,7 @@ PanoHead's. Shapes as in models/eg3d.py; D depth slices.
 """
 
 import copy
+from math import inf
 from typing import Any
 
 import torch
@@ -95,13 +96,13 @@ class PanoHeadGenerator(TriPlaneGenerator):
             "num_fp16_res": num_fp16_res,
             "conv_clamp": conv_clamp,
         }
-        own, around = kwargs.get("use_torgb_raw", False), kwargs.get("use_background", False)
-        self.torgb = ToRGB(feature_channels, img_channels, w_dim) if own else None
-        back = self.superresolution.variant.input_resolution
-        self.bcg_synthesis = (
-            SynthesisNetwork(w_dim, back, feature_channels, **synthesis) if around else None
-        )
-        mapping = {**(mapping_kwargs or {}), "lr_multiplier": 1.0, "last": "linear"}
+        self.torgb = self.bcg_synthesis = None
+        if kwargs.get("use_torgb_raw", False):
+            self.torgb = ToRGB(feature_channels, img_channels, w_dim)
+        if kwargs.get("use_background", False):
+            size = self.superresolution.variant.input_resolution
+            self.bcg_synthesis = SynthesisNetwork(w_dim, size, feature_channels, **synthesis)
+        mapping = {**(mapping_kwargs or {}), "lr_multiplier": 1.0, "last_activation": "linear"}
         self.t_mapping = MappingNetwork(z_dim, c_dim, 3, 1, **mapping)
 
     @property
@@ -202,6 +203,19 @@ class PanoHeadGenerator(TriPlaneGenerator):
             out["image"] = self._superresolve(image_raw, features, ws, force_fp32)
         return out
 
+    def colours(self, rgb: Tensor, ws: Tensor) -> Tensor:
+        """Return what points look like, about [0, 1], [B, N, 3]: as the render's colours are made.
+
+        Args:
+            rgb: What `sample_mixed` returns by this name, [B, N, C].
+            ws: Style codes, [B, num_ws, w_dim].
+        """
+        features = rgb * 2 - 1 if self.decoder.activation == "sigmoid" else rgb
+        image = features[..., : self.img_channels]
+        if self.torgb is not None:
+            image = self.torgb(features.mT.unsqueeze(3), ws[:, -1]).squeeze(3).mT
+        return (image + 1) / 2
+
     def forward(
         self,
         z: Tensor,
@@ -231,7 +245,7 @@ class PanoHeadGenerator(TriPlaneGenerator):
     @property
     def bound(self) -> float:
         """Return where |x| and |z| are cut off."""
-        return self.rendering_kwargs["box_warp"] / 2 - self.crop
+        return inf if self.crop < 0 else self.rendering_kwargs["box_warp"] / 2 - self.crop
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any

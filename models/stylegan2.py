@@ -25,10 +25,10 @@ from models.layers import (
     unit_rms,
     upsample2d,
 )
+from models.limits import MAX_SIZE, is_number
 
 FP16_CLAMP = 256.0  # EG3D clamps the activations of blocks that may run in half precision.
 SIZES = {"z_dim": 1, "c_dim": 0, "w_dim": 1, "img_resolution": 4, "img_channels": 1}  # At least.
-MAX_SIZE = 2**20  # A guard against files.
 MAX_MAPPING_LAYERS = 64  # A guard against files; StyleGAN2 has 8, EG3D 2.
 ANY = object()  # An argument that changes nothing here.
 # Arguments of official files that have one value here.
@@ -56,11 +56,12 @@ class MappingNetwork(nn.Module):
         num_layers: int = 8,
         lr_multiplier: float = 0.01,
         w_avg_beta: float = 0.998,
-        last: Literal["lrelu", "linear"] = "lrelu",
+        last_activation: Literal["lrelu", "linear"] = "lrelu",
     ) -> None:
         """Create the layers; w_avg follows new codes with a decay of `w_avg_beta`.
 
-        With a `c_dim` of 0 there are no labels. `last` is the activation of the last layer.
+        With a `c_dim` of 0 there are no labels. The last layer can be
+        linear.
 
         Raises:
             ValueError: there are too many or too few layers.
@@ -73,8 +74,8 @@ class MappingNetwork(nn.Module):
         self.embed = FullyConnected(c_dim, w_dim) if c_dim else None
         for i in range(num_layers):
             in_features = w_dim if i else z_dim + (w_dim if c_dim else 0)
-            act = last if i == num_layers - 1 else "lrelu"
-            setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, act, lr_multiplier))
+            activation = last_activation if i == num_layers - 1 else "lrelu"
+            setattr(self, f"fc{i}", FullyConnected(in_features, w_dim, activation, lr_multiplier))
 
     def forward(
         self,
@@ -188,6 +189,10 @@ class SynthesisNetwork(nn.Module):
             ValueError: `img_resolution` is not a power of 2.
         """
         super().__init__()
+        if conv_clamp is not None and not (is_number(conv_clamp) and conv_clamp > 0):
+            raise ValueError(f"conv_clamp must be positive or None, got {conv_clamp!r}")
+        if not (isinstance(num_fp16_res, int) and num_fp16_res >= 0):
+            raise ValueError(f"num_fp16_res must be a number from 0, got {num_fp16_res!r}")
         log2_resolution = int(math.log2(img_resolution))
         if img_resolution < 4 or 2**log2_resolution != img_resolution:
             raise ValueError(f"resolution must be a power of 2 >= 4, got {img_resolution}")

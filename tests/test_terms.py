@@ -19,6 +19,7 @@ from config import Config, Weights
 from files.generators import load_generator, save_generator
 from guides import Guides, load_prior, resize
 from harness.pictures import read_picture, to_image
+from models.cameras import NoCameras
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from terms import Term, View
@@ -317,7 +318,7 @@ def test_terms_of_nada_and_3d_adapter_are_the_losses_of_their_papers(moment):
 
 
 def test_a_term_is_refused_for_a_generator_without_what_it_needs():
-    flat = SimpleNamespace(gives=frozenset({"image"}), rendering_kwargs={})
+    flat = SimpleNamespace(gives=frozenset({"image"}), rendering_kwargs={}, cameras=NoCameras())
     terms.check_generator(Config(prompt="x", method="nada"), flat)
     terms.check_generator(Config(prompt="x", method="sds"), flat)
     for changes, missing in (

@@ -28,7 +28,7 @@ FOLDER = Path("checkpoints/puppets2d")
 SHARDS = 120  # Of 128 pictures each.
 HELD_OUT = 2  # Shards that are never trained on.
 # Size of the pictures [px], steps, pictures in a step, learning rate.
-STAGES = ((32, 5000, 16, 5e-3), (64, 3000, 8, 4e-3), (128, 3000, 8, 3e-3))
+STAGES = ((32, 5000, 16, 5e-3), (64, 2000, 8, 4e-3), (128, 2200, 8, 3e-3))
 
 
 def build_generator() -> StyleGAN2Generator:
