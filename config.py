@@ -482,7 +482,7 @@ def check(cfg: Config) -> None:
     if not cfg.generator:
         raise ValueError(
             f"--base {cfg.base} comes without a generator: give --generator with "
-            f"{OFFICIAL_FILES.get(cfg.base, "EG3D's")} or another .pkl or .safetensors"
+            f"{OFFICIAL_FILES.get(cfg.base, 'a file of its own')} or another .pkl or .safetensors"
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", cfg.device):
         raise ValueError(f"--device must be cpu, cuda, cuda:<n> or mps, got {cfg.device}")

@@ -3,8 +3,8 @@
     python convert.py --generator ffhqrebalanced512-128.pkl --out ffhq.safetensors
     python convert.py --generator ffhqrebalanced512-128.pkl --out ffhq-half.safetensors --half
 
-EG3D's .pkl shrinks from 377 MB to 123 MB, since only its averaged generator is kept, and with --half
-to half of that. Scripts read both kinds of files alike.
+EG3D's .pkl shrinks from 377 MB to 123 MB, since only its averaged generator is kept, and with
+--half to half of that. Scripts read both kinds of files alike.
 """
 
 from dataclasses import dataclass

@@ -53,9 +53,10 @@ def load_generator(source: str | Path, device: str | torch.device = "cpu") -> Ge
 
     Args:
         source: A .safetensors written by `save_generator`, a run folder, an official .pkl of EG3D,
-            PanoHead or StyleGAN2 (nothing in it is executed), a state dict .pth of a released network, a
-            whole generator that PTI saved as .pt, a StyleGAN2 of rosinality's as .pt, or one of
-            these files by hub id `user/repo/file` or URL. What exists here wins over a hub id.
+            PanoHead or StyleGAN2 (nothing in it is executed), a state dict .pth of a released
+            network, a whole generator that PTI saved as .pt, a StyleGAN2 of rosinality's as .pt, or
+            one of these files by hub id `user/repo/file` or URL. What exists here wins over a hub
+            id.
         device: Where to put it.
 
     Raises:

@@ -614,7 +614,7 @@ def test_length_of_a_header_is_taken_for_no_other_kind(length):
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(600), b"<!DOCTYPE html>"])
 def test_file_of_no_kind_is_refused(content):
     Path("g.pth").write_bytes(content)
-    assert refuse("g.pth").endswith(": it is neither a .safetensors, a .pkl nor a .pth")
+    assert refuse("g.pth").endswith(": it is neither a .safetensors, a .pkl, a .pth nor a .pt")
 
 
 # The command.
@@ -876,7 +876,7 @@ BOMBS = {
     "endless modules": (with_nested_modules, "more parts than a generator can have"),
 }
 DEEP = 150_000  # Hashing a tuple so deep crashes Python.
-NO_KIND = "it is neither a .safetensors, a .pkl nor a .pth"
+NO_KIND = "it is neither a .safetensors, a .pkl, a .pth nor a .pt"
 NO_GENERATOR = "it holds no generator under the name G_ema"
 WRITTEN_BOMBS = {
     "nothing": (b"", NO_KIND),
