@@ -269,3 +269,19 @@ def test_meshes_have_a_back():
     mesh = extract_mesh(G, G.mapping(torch.randn(1, 64), G.cameras.frontal()), 24)
     depths = mesh.vertices[:, 2]
     assert depths.min() < -0.25 and depths.max() > 0.25
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_torgb_raw": False}, {"decoder_activation": "sigmoid"}]
+)
+def test_meshes_have_the_colours_of_the_render(changes):
+    """Where all of space looks alike, a render shows what a mesh is painted with."""
+    G = tiny(use_background=False, **changes)
+    G.neural_rendering_resolution = 8
+    G.decoder.net[2].weight.data.zero_()
+    G.decoder.net[2].bias.data[0] = 500.0  # Solid.
+    ws = G.mapping(torch.randn(1, 64), G.cameras.frontal())
+    image = G.synthesis(ws, G.cameras.frontal(), superresolve=False)["image_raw"]
+    shown = (image[0, :, 4, 4] + 1) / 2
+    rgb = G.sample_mixed(torch.zeros(1, 5, 3), None, ws)["rgb"]
+    torch.testing.assert_close(G.colours(rgb, ws)[0, 0], shown, atol=2e-3, rtol=1e-3)

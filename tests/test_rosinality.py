@@ -133,6 +133,37 @@ def test_a_state_dict_of_no_such_network_is_refused(change, reason, tmp_path):
         load_generator(tmp_path / "g.pt")
 
 
+def test_a_small_file_cannot_repeat_a_tensor_without_end(tmp_path):
+    shared = torch.zeros(64, 64)
+    state = {f"style.{i}.weight": shared for i in range(1, 61)}
+    state |= {f"style.{i}.bias": torch.zeros(64) for i in range(1, 61)}
+    G = small_generator(z_dim=64, w_dim=64)
+    state = renamed(G, table_of(G)) | state
+    one = shared.half()
+    torch.save(
+        {"g_ema": {n: one if v is shared else v for n, v in state.items()}}, tmp_path / "g.pt"
+    )
+    with pytest.raises(ValueError, match="repeats its tensors too often"):
+        load_generator(tmp_path / "g.pt")
+
+
+@pytest.mark.parametrize("key", ["conv_clamp", "num_fp16_res"])
+@pytest.mark.parametrize("value", ["abc", [1], -1, 0.5])
+def test_numbers_that_cannot_be_are_refused(key, value):
+    if (key, value) == ("conv_clamp", 0.5):
+        return
+    with pytest.raises(ValueError, match=f"^{key} must be"):
+        small_generator(synthesis_kwargs={key: value})
+
+
+def test_names_that_files_go_by_otherwise_are_read(tmp_path):
+    G = small_generator()
+    state = renamed(G, table_of(G)) | {"latent_avg": G.mapping.w_avg}
+    for wrapper in ("g", "params_ema", "state_dict"):
+        torch.save({wrapper: state}, tmp_path / "g.pt")
+        assert torch.equal(load_generator(tmp_path / "g.pt").mapping.w_avg, G.mapping.w_avg)
+
+
 def test_our_files_hold_it_whole(tmp_path):
     G = small_generator()
     save_generator(G, tmp_path / "g.safetensors")

@@ -68,6 +68,16 @@ def test_other_settings_are_refused_but_those_that_are_free_to_change(tmp_path):
         check_run(tmp_path, SETTINGS | {"seed": 1})
 
 
+def test_options_that_came_later_do_not_part_a_run_from_its_folder(tmp_path):
+    claim_run(tmp_path, SETTINGS | {"weights": {"dsds": 1.0}})
+    now = SETTINGS | {"weights": {"dsds": 1.0, "late": 0.0}, "select_layers": 0}
+    usual = {"weights": {"dsds": 0.5, "late": 0.0}, "select_layers": 0}
+    check_run(tmp_path, now, usual)
+    for changed in ({"select_layers": 3}, {"weights": {"dsds": 1.0, "late": 1.0}}):
+        with pytest.raises(ValueError, match=f"another {next(iter(changed))}"):
+            check_run(tmp_path, now | changed, usual)
+
+
 @pytest.mark.parametrize(
     ("stored", "read"), [(None, []), ("a.png", ["a.png"]), (["a.png", "b"], ["a.png", "b"])]
 )
