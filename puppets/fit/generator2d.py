@@ -91,7 +91,10 @@ def picture_loss(image: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tenso
 
 
 def train(cfg: Config) -> None:
-    """Train on pictures; write the generator and its figures."""
+    """Train on pictures; write the generator and its figures.
+
+    A warm start goes on with the whole pictures.
+    """
     torch.manual_seed(0)
     G = build_generator()
     warm_start(cfg, G, FOLDER / "generator.safetensors")
@@ -106,7 +109,7 @@ def train(cfg: Config) -> None:
     }
     data = pictures(range(SHARDS))
     minutes, blocks = 0.0, G.synthesis.resolutions
-    for size, steps, batch, lr in STAGES:
+    for size, steps, batch, lr in STAGES[-1:] if cfg.warm_start else STAGES:
         G.synthesis.resolutions = [block for block in blocks if block <= size]
 
         def terms(step: int, size: int = size, batch: int = batch) -> dict[str, Tensor]:
