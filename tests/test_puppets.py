@@ -15,7 +15,7 @@ from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from models.noise import guided_noise
 from puppets import heads
-from puppets.data import DOMAIN_NAMES
+from puppets.data import DOMAIN_NAMES, FLAT_Z_DIM, split_code
 from puppets.domains import DOMAINS, ODD_HAIR
 from puppets.oracle import angle_deg, load_oracle
 
@@ -59,6 +59,19 @@ def test_generator_draws_the_person_that_the_latent_means(generator):
     assert front.mean() > 22
     ours, theirs = out["mask"] > 0.5, F.avg_pool2d(mask, 2) > 0.5
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
+
+
+def test_pictures_without_cameras_are_those_of_their_codes():
+    G = load_generator(ROOT / "checkpoints/puppets2d/generator.safetensors")
+    z = torch.from_numpy(np.random.default_rng(5).standard_normal((12, FLAT_Z_DIM))).float()
+    own, c = split_code(z)
+    truth, _, mask = heads.render(own, c)
+    images = G.synthesis(G.mapping(z, None))["image"].clamp(-1, 1)
+    square = (images - truth).square().mean(1, keepdim=True)
+    front = 10 * torch.log10(4 * mask.sum((1, 2, 3)) / (square * mask).sum((1, 2, 3)))
+    assert front.mean() > 21.5
+    other = images.roll(1, 0) - truth  # Of other heads, seen from elsewhere.
+    assert (other.square().mean((1, 2, 3)) > 2 * square.mean((1, 2, 3))).all()
 
 
 def test_clip_names_the_domains():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_run import arguments, contents, hurry, run
 
-import terms
+import guides
 import train
 from config import parse
 from harness import ranks
@@ -256,7 +256,7 @@ def refuse_to_load(monkeypatch):
     def load(*_):
         raise ValueError("no such ViT here")
 
-    monkeypatch.setattr(terms, "load_vit", load)
+    monkeypatch.setattr(guides, "load_vit", load)
 
 
 def test_refusal_by_one_process_is_one_line_and_leaves_nothing(launch, tmp_path):
