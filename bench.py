@@ -188,10 +188,7 @@ def run_options(cfg: Config) -> train.Config:
 
 
 class World:
-    """Networks and inputs of one step, each made when first asked for.
-
-    Letters as in train.py; B heads, all of them at once.
-    """
+    """Networks and inputs of one step of B heads at once, each made when first asked for."""
 
     def __init__(self, cfg: train.Config, device: torch.device, random: bool = False) -> None:
         """Take settled options; `random` networks are of full size, whatever `cfg` names."""
@@ -208,7 +205,7 @@ class World:
         """The frozen source."""
         G = random_generator() if self.random else load_generator(locate(self.cfg.generator))
         if "planes" not in G.gives:
-            raise ValueError(f"{self.cfg.generator} has no planes, which most parts here measure")
+            raise ValueError(f"{self.cfg.generator} has no planes, and parts here measure them")
         return G.to(self.device)
 
     @cached_property

@@ -160,7 +160,7 @@ def test_exact_switches_leave_nothing_to_compare(tmp_path):
 
 
 def test_one_part_loads_no_other_network(monkeypatch, capsys):
-    monkeypatch.setattr(terms, "load_prior", None)
+    monkeypatch.setattr(bench, "load_prior", None)
     bench.main(config(parts=("generator", "generator_backward"), diffusion="no-user/no-prior"))
     assert "| generator_backward |" in capsys.readouterr().out
 

@@ -152,7 +152,7 @@ def test_experiments_score_again_what_has_changed(docs, monkeypatch, tmp_path):
         monkeypatch.setattr(experiments, name, lambda: None)
     for samples, trained in ((8, "a"), (8, "a"), (16, "a"), (16, "b")):
         (tmp_path / "sds-bronze-s0/config.json").write_text(trained)
-        experiments.main(experiments.Config(only="sds-bronze-s0", samples=samples))
+        experiments.main(experiments.Config(only="^sds-bronze-s0", samples=samples))
     assert scored == [("sds-bronze-s0", 8), ("sds-bronze-s0", 16), ("sds-bronze-s0", 16)]
     row = json.loads((docs / "results.json").read_text())["sds-bronze-s0"]
     assert row["samples"] == 16 and row["oracle_l1"] == 0.1
