@@ -393,6 +393,7 @@ PAPERS_2D = PAPERS | {
     "diffusiongan3d": PAPERS["diffusiongan3d"] | {"distance": 0.0},
 }
 TUNED_2D = TUNED | {
+    "denoised": TUNED["denoised"] | {"steps": 110},  # Each painted picture five times.
     "stylegan-fusion": TUNED["stylegan-fusion"]
     | {"fusion": 0.0, "fusion_clipped": 1.0, "perceptual": 2000 / 64**2},
     "diffusiongan3d": TUNED["diffusiongan3d"] | {"distance": 0.0},

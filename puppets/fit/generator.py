@@ -22,33 +22,35 @@ from puppets import heads
 from puppets.data import CAMERAS, ROOT, to_images
 from puppets.fit.pretrain import OUT, Config, fit, report, save_sheet, warm_start
 
+RENDERING = {  # Of heads on white, whichever generator draws them.
+    "image_resolution": 128,
+    "disparity_space_sampling": False,
+    "clamp_mode": "softplus",
+    "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
+    "c_gen_conditioning_zero": True,
+    "c_scale": 1.0,
+    "superresolution_noise_mode": "none",
+    "sr_antialias": True,
+    "decoder_lr_mul": 1.0,
+    "white_back": True,
+    "avg_camera_radius": 2.7,
+    "camera_focal": 4.2647,
+    "camera_distribution": "uniform",
+}
 NEAR, FAR = 2.30, 2.85  # Where a camera's rays can meet a head.
 
 
 def build_generator() -> TriPlaneGenerator:
     """Return EG3D's generator at a size for CPUs: planes of 128, 64 x 64 rays, 128 px."""
-    rendering = {
-        "image_resolution": 128,
-        "disparity_space_sampling": False,
-        "clamp_mode": "softplus",
-        "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
-        "c_gen_conditioning_zero": True,
-        "c_scale": 1.0,
-        "superresolution_noise_mode": "none",
-        "sr_antialias": True,
-        "decoder_lr_mul": 1.0,
+    rendering = RENDERING | {
         "depth_resolution": 8,
         "depth_resolution_importance": 8,
         "ray_start": NEAR,
         "ray_end": FAR,
         "box_warp": 0.7,
-        "white_back": True,
-        "avg_camera_radius": 2.7,
         "avg_camera_pivot": [0, 0, 0.2],
-        "camera_focal": 4.2647,
         "camera_yaw_range": 0.6,
         "camera_pitch_range": 0.3,
-        "camera_distribution": "uniform",
     }
     G = TriPlaneGenerator(
         z_dim=heads.Z_DIM,

@@ -18,7 +18,7 @@ from files.generators import load_generator, save_generator
 from models.panohead import PanoHeadGenerator
 from puppets import heads
 from puppets.data import ROUND_CAMERAS, to_images
-from puppets.fit.generator import picture_terms, point_terms, source_pictures
+from puppets.fit.generator import RENDERING, picture_terms, point_terms, source_pictures
 from puppets.fit.pretrain import Config, fit, report, save_sheet, warm_start
 
 FOLDER = Path("checkpoints/puppets360")
@@ -28,16 +28,7 @@ EMPTY_POINTS = 512  # Anywhere in the box, for each head.
 
 def build_generator() -> PanoHeadGenerator:
     """Return PanoHead's generator at a size for CPUs: three slices of planes of 128, 128 px."""
-    rendering = {
-        "image_resolution": 128,
-        "disparity_space_sampling": False,
-        "clamp_mode": "softplus",
-        "superresolution_module": "training.superresolution.SuperresolutionHybrid2X",
-        "c_gen_conditioning_zero": True,
-        "c_scale": 1.0,
-        "superresolution_noise_mode": "none",
-        "sr_antialias": True,
-        "decoder_lr_mul": 1.0,
+    rendering = RENDERING | {
         "decoder_activation": "sigmoid",
         "triplane_size": 128,
         "triplane_depth": 3,
@@ -48,13 +39,9 @@ def build_generator() -> PanoHeadGenerator:
         "ray_start": 2.35,
         "ray_end": 3.0,
         "box_warp": 0.9,
-        "white_back": True,
-        "avg_camera_radius": 2.7,
         "avg_camera_pivot": [0, 0, 0],
-        "camera_focal": 4.2647,
         "camera_yaw_range": math.pi,
         "camera_pitch_range": 0.4,
-        "camera_distribution": "uniform",
     }
     G = PanoHeadGenerator(
         z_dim=heads.Z_DIM,
