@@ -166,7 +166,7 @@ class CameraSetup:
         """Return the labels c [B, 25] of views around the rim of the range, a closed path.
 
         For EG3D's faces it is the path of its videos, once around as `angle` [B] goes to 2 pi. Of
-        views from every side it is once around the head, as in PanoHead's.
+        views from every side it is once around the head, up and down once on the way.
         """
         middle = ELLIPSE_PITCH if self.distribution == "ellipse" else 0.0
         if self.all_round:

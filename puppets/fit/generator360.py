@@ -79,7 +79,7 @@ def empty_term(G: PanoHeadGenerator, planes: Tensor, ws: Tensor, z: Tensor) -> T
         points = (2 * torch.rand(len(z), EMPTY_POINTS, 3, device=z.device) - 1) * half
         outside = ~heads.occupied(heads.build(z), points)  # [B, N]
     sigma = G.sample_mixed(points, None, ws, planes=planes.float())["sigma"].squeeze(-1)
-    return 0.05 * (0.010 * F.softplus(sigma - 1) * outside).mean() * 10
+    return 0.005 * (F.softplus(sigma - 1) * outside).mean()
 
 
 def train(cfg: Config) -> None:
@@ -123,10 +123,9 @@ def train(cfg: Config) -> None:
 
     def pictures(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(faces["z"]), (4,)).numpy()
-        parts = ({k: data[k][rows[i::2]] for k in data} for i, data in enumerate((faces, around)))
-        one, other = parts
-        both = {k: torch.cat([as_batch(one)[k], as_batch(other)[k]]) for k in as_batch(one)}
-        batch = {k: v.to(cfg.device) for k, v in both.items()}
+        parts = zip((faces, around), (rows[::2], rows[1::2]), strict=True)
+        one, other = (as_batch({k: data[k][half] for k in data}) for data, half in parts)
+        batch = {k: torch.cat([one[k], other[k]]).to(cfg.device) for k in one}
         ws, planes = styles(batch["z"])
         terms = picture_terms(G, planes, ws, batch)
         near = space(planes, ws, batch["z"], rays=384)
