@@ -75,7 +75,14 @@ def read_loras(words: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 
 Base = Literal[
-    "puppets", "puppets2d", "ffhq", "afhq", "stylegan2-ffhq", "stylegan2-afhq", "panohead"
+    "puppets",
+    "puppets2d",
+    "puppets360",
+    "ffhq",
+    "afhq",
+    "stylegan2-ffhq",
+    "stylegan2-afhq",
+    "panohead",
 ]
 Count = Annotated[int, Within(1)]
 Fraction = Annotated[float, Within(0, 1)]
@@ -160,7 +167,8 @@ class Config:
     out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
 
     base: Base = "puppets"
-    """World of the generator; sets defaults. Puppets, and their pictures (2d), bring their own."""
+    """World of the generator; sets defaults. Puppets, also as pictures (2d) and from all sides (360),
+    come with the repository."""
     method: Literal[
         "denoised", "gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"
     ] = "denoised"
@@ -314,6 +322,12 @@ BASES: dict[str, dict[str, Any]] = {
     "panohead": STABLE_DIFFUSION | FACES | {"view_words": True},
 }
 BASES["puppets2d"] = BASES["puppets"] | {"generator": "checkpoints/puppets2d/generator.safetensors"}
+BASES["puppets360"] = BASES["puppets"] | {
+    "generator": "checkpoints/puppets360/generator.safetensors",
+    "diffusion": "checkpoints/puppets360/diffusion",
+    "ip_adapter": "checkpoints/puppets/diffusion",
+    "view_words": True,
+}
 # What a method is on any base: what learns, and what the prior sees of the source.
 METHODS: dict[str, dict[str, Any]] = {
     # Ours: onto what the prior paints of the source's pictures, with GCA-3D's consistency.
@@ -402,6 +416,7 @@ FLAT = ("puppets2d", "stylegan2-ffhq", "stylegan2-afhq")
 NUMBERS = {
     "puppets": TUNED,
     "puppets2d": TUNED_2D,
+    "puppets360": TUNED,
     "ffhq": PAPERS,
     "afhq": PAPERS,
     "stylegan2-ffhq": PAPERS_2D,

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import pi
 from pathlib import Path
 from statistics import median
 
@@ -27,14 +28,14 @@ from tqdm import tqdm
 import bench
 import eval as evaluation
 import train
-from config import METHODS
+from config import BASES, METHODS
 from files.generators import load_generator
 from harness.cli import run_cli
 from harness.measure import stopwatch
 from harness.pictures import image_grid, save_image, save_video, to_uint8
 from harness.store import write_text
 from harness.tables import Row, cell
-from models.eg3d import TriPlaneGenerator
+from models.generator import Generator
 from puppets import limits, oracle
 from puppets.data import CAMERAS
 from puppets.domains import DOMAINS, HELD_OUT, ODD_HAIR
@@ -77,6 +78,7 @@ COLUMNS = {  # Scores in the tables, and how they are called there.
     "oracle_id": "oracle identity ↑",
     "oracle_iou": "silhouette IoU ↑",
     "source_iou": "source's IoU",
+    "oracle_faces": "faces on backs ↓",
     "oracle_flips": "flips ↓",
     "identity_top1": "identity top-1 ↑",
     "diversity": "diversity ↑",
@@ -113,6 +115,8 @@ LEADS_NOTE = """Means of the differences to another method's run on the same dom
 seed, held-out domains alone. In brackets: 95 % of the means of as many runs, drawn from these at
 random with replacement. Where they hold 0, nothing is claimed."""
 FIGURE_SEEDS, SIDES = (3, 14, 15, 92, 65, 35), (0.35, -0.35)
+FLAT_SEEDS = range(12)
+TURN = tuple(2 * pi * k / 12 for k in range(12))  # Yaws of a head that is seen from all sides.
 
 
 @dataclass
@@ -340,6 +344,28 @@ def draw_figures() -> None:
     rows += [(f"blue hair,\n{label}", None, run_name(edits, label, "blue", 0)) for label in others]
     truth = [("true blue hair", None, show_truth("person", "blue"))]
     save_sheet(DOCS / "figure-edit.png", source, rows, truth)
+    for name, show_heads in (("flat", show_pictures), ("round", show_turn)):
+        group = GROUPS[name]
+        ours, *_ = group.rows
+        (base,) = {options["base"] for options in group.rows.values()}
+        source = [("source", None, show_heads(load_generator(BASES[base]["generator"])))]
+        rows = [(DOMAINS[d].phrases[0], None, run_name(group, ours, d, 0)) for d in HELD_OUT[:4]]
+        save_sheet(DOCS / f"figure-{name}.png", source, rows, show=show_heads)
+
+
+def show(G: Generator) -> Tensor:
+    """Render two views of each figure head, [2 N, 3, R, R]."""
+    return torch.cat([views(seed_to_subject(G, seed), SIDES)["image"] for seed in FIGURE_SEEDS])
+
+
+def show_pictures(G: Generator) -> Tensor:
+    """Draw each of the figure's codes once, [2 N, 3, R, R]; a generator without cameras."""
+    return torch.cat([views(seed_to_subject(G, s), (0.0,))["image"] for s in FLAT_SEEDS])
+
+
+def show_turn(G: Generator) -> Tensor:
+    """Render one head once around, from the front on, [N, 3, R, R]."""
+    return views(seed_to_subject(G, FIGURE_SEEDS[0]), TURN)["image"]
 
 
 def save_sheet(
@@ -347,6 +373,7 @@ def save_sheet(
     above: list[tuple[str, None, Tensor]],
     runs: list[tuple[str, Path | None, str]],
     below: list[tuple[str, None, Tensor]] | None = None,
+    show: Callable[[Generator], Tensor] = show,
 ) -> None:
     """Draw a figure: rows of heads, each with a label, a picture or both, those of runs by name."""
     rows = list(above)
@@ -384,11 +411,6 @@ def label_columns(picture: Image.Image, titles: Sequence[str]) -> Image.Image:
     for i, title in enumerate(titles):
         pen.text(((i + 0.5) * width, LABEL_HEIGHT / 2), title, "black", font, anchor="mm")
     return page
-
-
-def show(G: TriPlaneGenerator) -> Tensor:
-    """Render two views of each figure head, [2 N, 3, R, R]."""
-    return torch.cat([views(seed_to_subject(G, seed), SIDES)["image"] for seed in FIGURE_SEEDS])
 
 
 def show_truth(domain: str, hair: str | None = None) -> Tensor:

@@ -32,6 +32,7 @@ YAWS = {"left": -0.5, "front": 0.0, "right": 0.5}  # Of reference pictures, to s
 GCA3D, PAPERS = "GCA-3D", "GCA-3D without delta"  # With delta, which is ours, and without.
 COARSE, FINE, MIDDLE = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0)
 FLAT = "Pictures:"  # Begins the labels of runs on a generator without cameras.
+ROUND = "From all sides:"  # Begins those of heads that are seen from behind too.
 NO_REGULARISER = {"score_direction": 0.0, "perceptual": 0.0}
 MOST_SEEDS = 4
 
@@ -211,6 +212,22 @@ GROUPS = {
         TABLE,
         (0,),
         method="stylegan-fusion",
+    ),
+    "round": Group(
+        "Heads seen from all sides, from a prompt",
+        {
+            f"{ROUND} {label}": {"base": "puppets360", **options}
+            for label, options in (
+                ("denoised targets", {"method": "denoised"}),
+                ("GCA-3D", {}),
+                ("GCA-3D without view words", {"view_words": False}),
+                ("GCA-3D without depth", {"depth_scale": 0.0}),
+                ("SDS", {"method": "sds"}),
+                ("SDS without view words", {"method": "sds", "view_words": False}),
+            )
+        },
+        HELD_OUT[:4],
+        (0,),
     ),
     "gallery": Group(
         "Other domains",
