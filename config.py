@@ -167,8 +167,8 @@ class Config:
     out: Path = Path("runs/unnamed")  # Run folder; by default runs/ and the words of the prompt.
 
     base: Base = "puppets"
-    """World of the generator; sets defaults. Puppets, also as pictures (2d) and from all sides (360),
-    come with the repository."""
+    """World of the generator; sets defaults. The puppets', also as pictures (2d) and seen from all
+    sides (360), come with the repository."""
     method: Literal[
         "denoised", "gca3d", "sds", "stylegan-fusion", "diffusiongan3d", "nada", "3d-adapter"
     ] = "denoised"

@@ -183,7 +183,7 @@ from harness.tables import Row, csv_table, markdown_table, plot_bars, plot_steps
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_generator
 from models.generator import Generator
-from render import load_run
+from subjects import load_run
 
 
 @dataclass(frozen=True)

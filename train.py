@@ -42,6 +42,7 @@ from harness import ranks
 from harness.checkpoints import load_checkpoint, save_checkpoint
 from harness.cli import is_first, options_settled, stop_requests
 from harness.devices import flush_denormals, keep_freed_memory, peak_gb, pick_device
+from harness.page import write_page
 from harness.pictures import image_grid, save_image, save_pictures, to_image
 from harness.run_folder import (
     claim_run,
@@ -53,7 +54,7 @@ from harness.run_folder import (
     trim_log,
 )
 from models.generator import Generator
-from render import portraits
+from render import seed_portraits
 from samples import (
     Pool,
     draw_heads,
@@ -123,7 +124,7 @@ def adapt(cfg: Config) -> None:
     run = prepare(cfg, G_src, guides)
 
     # Samples to look at, the same in every grid.
-    source_row = portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
+    source_row = seed_portraits(G_src, GRID_SEEDS, cfg.trunc)  # [N, 3, R, R]
 
     # The run folder; nothing is written before every process is ready, and all of it by the first.
     ranks.meet()
@@ -323,9 +324,11 @@ def restore(state: dict, run: Run) -> None:
 
 
 def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: Generator) -> None:
-    """Write a grid of source samples [N, 3, R, R] above the same ones adapted."""
-    adapted_row = portraits(G_ema, GRID_SEEDS, cfg.trunc)
-    save_image(image_grid([source_row, adapted_row]), grid_path(cfg.out, step))
+    """Write a grid of source samples [N, 3, R, R] above the same ones adapted, and the page."""
+    adapted_row = seed_portraits(G_ema, GRID_SEEDS, cfg.trunc)
+    path = grid_path(cfg.out, step)
+    save_image(image_grid([source_row, adapted_row]), path)
+    write_page(cfg.out, path)
 
 
 if __name__ == "__main__":

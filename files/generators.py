@@ -94,7 +94,7 @@ def save_generator(G: Generator, path: str | Path, dtype: torch.dtype = torch.fl
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in G.state_dict().items()}
     _check_finite(tensors)
     metadata["checksum"] = json.dumps(_checksum(metadata, tensors))
-    content = _sort_header(safetensors.torch.save(tensors, metadata))
+    content = sort_header(safetensors.torch.save(tensors, metadata))
     write_bytes(path, content)
 
 
@@ -203,7 +203,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return header, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
 
-def _sort_header(content: bytes) -> bytes:
+def sort_header(content: bytes) -> bytes:
     """Sort the header of a safetensors file, whose order safetensors leaves to chance."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

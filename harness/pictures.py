@@ -1,4 +1,4 @@
-"""Pictures: from files to images [B, 3, H, W] in [-1, 1], and back to grids and animations."""
+"""Pictures: from files to images [B, 3, H, W] in [-1, 1], and back to grids."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 GRID_COLUMNS = 8
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
 MOST_REFERENCES = 64  # The IP-Adapter attends to every one of them.
-FRAME_MS = 33  # About 30 frames a second; WebP knows whole milliseconds.
-SOFTWARE = "GCA-3D"  # Stands in every PNG and WebP that these scripts write.
-SOFTWARE_TAG = 0x0131  # Of EXIF.
+SOFTWARE = "GCA-3D"  # Stands in every picture and video that these scripts write.
 # Formats that Pillow can name but not always read: data, videos, and what needs other programs.
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 HEIF_ENDINGS = {".heic", ".heif", ".avif"}  # Phones' formats.
@@ -77,29 +75,11 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def is_our_video(path: Path) -> bool:
-    """Return whether a file is a WebP that one of these scripts wrote."""
-    try:
-        with Image.open(path) as picture:
-            return picture.getexif().get(SOFTWARE_TAG) == SOFTWARE
-    except (OSError, Image.DecompressionBombError):
-        return False
-
-
 def save_pictures(pictures: Iterable[Image.Image], path: Path) -> None:
     """Write PNGs as <path>, <path stem>-2.png, <path stem>-3.png, ..."""
     for number, picture in enumerate(pictures, 1):
         name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         save_image(picture, name)
-
-
-def save_video(frames: list[Image.Image], path: Path) -> None:
-    """Write an animated WebP that loops and that `is_our_video` will know, whole or not at all."""
-    exif = Image.Exif()
-    exif[SOFTWARE_TAG] = SOFTWARE
-    options = {"save_all": True, "append_images": frames[1:], "duration": FRAME_MS, "loop": 0}
-    options["exif"] = exif
-    atomic_write(path, lambda file: frames[0].save(file, format="WEBP", quality=90, **options))
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -143,11 +123,15 @@ def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     return [read_picture(path) for path in files]
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Read any picture as an upright RGB square of at most 512 px, in sRGB.
+def read_picture(path: Path, most: int = REFERENCE_SIZE) -> Image.Image:
+    """Read any picture as an upright RGB square, in sRGB.
 
     Transparency becomes white. The largest square is kept, from the middle of a wide picture and
     nearer to the top of a tall one, where a portrait has its face: bars would be seen as style.
+
+    Args:
+        path: The file.
+        most: Height and width of the largest result; larger ones are shrunk to it.
 
     Raises:
         ValueError: the file is missing or no picture.
@@ -172,7 +156,7 @@ def read_picture(path: Path) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     picture = picture.convert("RGB")
-    side = min(*picture.size, REFERENCE_SIZE)
+    side = min(*picture.size, most)
     return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC, centering=(0.5, 0.25))
 
 

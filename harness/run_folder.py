@@ -1,7 +1,8 @@
 """Run folders: what is in them, who may write, and whose they are.
 
 A run folder holds config.json (what the run was made with), log.jsonl (a row per step),
-grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt and generator.safetensors.
+grid-<step>.png, reference.png (if a picture was given), ckpt-<step>.pt, generator.safetensors and
+index.html, which shows all that.
 """
 
 import getpass
@@ -28,6 +29,7 @@ RUN_FILES = (
     "grid-*.png",
     "ckpt-*.pt",
     "generator.safetensors",
+    "index.html",
 )
 # Settings that may differ between a run and its resume. What pictures show is compared, not where
 # they are.
@@ -261,5 +263,6 @@ def print_result(folder: Path, steps: int) -> None:
     print(f"{folder} is finished after {steps} steps.")
     print(f"  generator  {folder / 'generator.safetensors'}")
     print(f"  grid       {grid_path(folder, steps)}")
+    print(f"  page       {folder / 'index.html'}")
     print(f"  render     python render.py --ckpt {out} --seeds 0-7 --out {out}/renders")
     print("  resume     the same command, if a run was stopped; new settings want another --out")

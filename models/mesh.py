@@ -1,8 +1,10 @@
-"""Meshes: the surface of a generator's density as coloured triangles, and the .ply they go to.
+"""Meshes: the surface of a generator's density as coloured triangles, and the files they go to.
 
-V vertices, F triangles. Vertices are in world units (y up, the face looks along +z).
+V vertices, F triangles. Vertices are in world units (y up, the face looks along +z); in glTF, whose
+axes are the same, one of them is a metre.
 """
 
+import io
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from models.renderer import pixel_rays
 SURFACE_QUANTILE = 0.1  # See `surface_density`; above it thin hair is lost, below it all swells.
 EMPTY = -1e6  # Raw density around the box: so low that cuts are flat.
 CHUNK_POINTS = 2**18  # Vertices coloured at once.
+ARRAY_BUFFER, INDEX_BUFFER = 34962, 34963  # As glTF numbers what a part of its buffer is for.
 
 
 class Mesh(NamedTuple):
@@ -29,7 +32,14 @@ class Mesh(NamedTuple):
 
 
 @torch.no_grad()
-def extract_mesh(G: TriPlaneGenerator, ws: Tensor, voxels: int) -> Mesh | None:
+def extract_mesh(
+    G: TriPlaneGenerator,
+    ws: Tensor,
+    voxels: int,
+    planes: Tensor | None = None,
+    whole: bool = False,
+    faces: int = 0,
+) -> Mesh | None:
     """Return the surface of one head, or None if nothing is seen of it; needs scikit-image.
 
     Draws one render's random numbers.
@@ -38,10 +48,13 @@ def extract_mesh(G: TriPlaneGenerator, ws: Tensor, voxels: int) -> Mesh | None:
         G: The generator.
         ws: Style codes, [1, num_ws, w_dim].
         voxels: How many make up a side of the cube `box_warp`.
+        planes: Those of ws, if they are there already.
+        whole: Keep what floats beside the largest piece.
+        faces: Merge triangles until so many are left, with fast-simplification; 0: keep all.
     """
     from skimage.measure import marching_cubes
 
-    planes = G.planes(ws)
+    planes = G.planes(ws) if planes is None else planes
     level = surface_density(G, ws, planes)
     if not level.isfinite():
         return None
@@ -62,13 +75,34 @@ def extract_mesh(G: TriPlaneGenerator, ws: Tensor, voxels: int) -> Mesh | None:
         return None
 
     corners, triangles, _, _ = marching_cubes(density, 0.0, gradient_direction="ascent")
-    vertices = torch.from_numpy((corners - 1) * step + low.numpy()).to(ws.device)  # [V, 3]
+    corners = ((corners - 1) * step + low.numpy()).astype(np.float32)  # [V, 3]
+    if not whole:
+        corners, triangles = largest_piece(corners, triangles)
+    if 0 < faces < len(triangles):
+        from fast_simplification import simplify
+
+        corners, triangles = simplify(corners, triangles, target_count=faces)
+    vertices = torch.from_numpy(corners).to(ws.device)
     colors = [
         G.colours(G.sample_mixed(points[None], None, ws, planes=planes)["rgb"], ws)[0]
         for points in vertices.split(CHUNK_POINTS)
     ]
     colors = (torch.cat(colors) * 255 + 0.5).clamp(0, 255).to(torch.uint8)  # [V, 3]
-    return Mesh(vertices.cpu().numpy(), triangles, colors.cpu().numpy())
+    return Mesh(corners, triangles, colors.cpu().numpy())
+
+
+def largest_piece(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vertices and triangles of the connected piece with most triangles."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    start, end = triangles[:, [0, 1, 1, 2]].reshape(-1, 2).T  # Two edges join three corners.
+    size = (len(vertices), len(vertices))
+    _, piece = connected_components(coo_array((np.ones_like(start), (start, end)), size), False)
+    largest = np.bincount(piece[triangles[:, 0]]).argmax()
+    kept = piece == largest  # [V]
+    renamed = np.cumsum(kept) - 1
+    return vertices[kept], renamed[triangles[kept[triangles[:, 0]]]]
 
 
 def surface_density(G: TriPlaneGenerator, ws: Tensor, planes: Tensor) -> Tensor:
@@ -110,7 +144,16 @@ def visible_box(G: TriPlaneGenerator) -> tuple[Tensor, Tensor]:
 
 
 def save_mesh(mesh: Mesh, path: Path) -> None:
-    """Write a binary .ply with a colour per vertex, completely or not at all."""
+    """Write a mesh with a colour per vertex, completely or not at all.
+
+    A binary .ply, an .obj with colours behind the coordinates, or a .glb, which needs trimesh. Its
+    ending tells the format.
+    """
+    write_bytes(path, {".ply": to_ply, ".obj": to_obj, ".glb": to_glb}[path.suffix](mesh))
+
+
+def to_ply(mesh: Mesh) -> bytes:
+    """Return a binary PLY."""
     header = f"""ply
 format binary_little_endian 1.0
 element vertex {len(mesh.vertices)}
@@ -128,5 +171,47 @@ end_header
     vertices["position"], vertices["color"] = mesh.vertices, mesh.colors
     faces = np.empty(len(mesh.triangles), [("count", "u1"), ("corners", "<i4", 3)])
     faces["count"], faces["corners"] = 3, mesh.triangles
-    content = header.encode() + vertices.tobytes() + faces.tobytes()
-    write_bytes(path, content)
+    return header.encode() + vertices.tobytes() + faces.tobytes()
+
+
+def to_obj(mesh: Mesh) -> bytes:
+    """Return a Wavefront OBJ; vertices are `v x y z r g b`, colours in [0, 1]."""
+    rows = np.hstack([mesh.vertices, mesh.colors / 255])
+    text = io.StringIO()
+    np.savetxt(text, rows, "v %.6g %.6g %.6g %.4g %.4g %.4g")
+    np.savetxt(text, mesh.triangles + 1, "f %d %d %d")
+    return text.getvalue().encode()
+
+
+def to_glb(mesh: Mesh) -> bytes:
+    """Return a binary glTF 2.0 with colours as linear light, as its COLOR_0 asks for.
+
+    They are float, since bytes of linear light would show steps in the dark.
+    """
+    from trimesh import Trimesh
+
+    encoded = mesh.colors.astype(np.float32) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    body = Trimesh(mesh.vertices, mesh.triangles, process=False)
+    body.vertex_attributes["colors"] = np.pad(linear, ((0, 0), (0, 1)), constant_values=1)
+    return body.export(file_type="glb", include_normals=False, tree_postprocessor=_settle_tree)
+
+
+def _settle_tree(tree: dict) -> None:
+    """Name the colours as glTF does, where trimesh has an application's own name, and show them.
+
+    They hold the light that the generator painted, so viewers shall add none.
+    """
+    tree["materials"] = [
+        {
+            "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
+            "extensions": {"KHR_materials_unlit": {}},
+        }
+    ]
+    tree["extensionsUsed"] = ["KHR_materials_unlit"]
+    (part,) = tree["meshes"][0]["primitives"]
+    part["attributes"]["COLOR_0"] = part["attributes"].pop("_colors")
+    part["material"] = 0
+    for number in part["attributes"].values():
+        tree["bufferViews"][tree["accessors"][number]["bufferView"]]["target"] = ARRAY_BUFFER
+    tree["bufferViews"][tree["accessors"][part["indices"]]["bufferView"]]["target"] = INDEX_BUFFER

@@ -32,9 +32,10 @@ from config import BASES, METHODS
 from files.generators import load_generator
 from harness.cli import run_cli
 from harness.measure import stopwatch
-from harness.pictures import image_grid, save_image, save_video, to_uint8
+from harness.pictures import image_grid, save_image, to_uint8
 from harness.store import write_text
 from harness.tables import Row, cell
+from harness.video import save_video
 from models.generator import Generator
 from puppets import limits, oracle
 from puppets.data import CAMERAS
@@ -57,7 +58,8 @@ from puppets.plan import (
     run_name,
     slug,
 )
-from render import PITCH, orbit, seed_to_subject, views
+from render import PITCH, orbit, views
+from subjects import seed_to_subject
 
 SOURCE = "checkpoints/puppets/generator.safetensors"
 PICTURED = ("bronze", "alien", "devil", "elf")  # In the figure of reference pictures.
@@ -392,7 +394,10 @@ def draw_orbit() -> None:
         zip(*(orbit(seed_to_subject(G, head), TURNING_FRAMES) for G in networks), strict=True)
         for head in FIGURE_SEEDS[:2]
     ]
-    frames = [image_grid([torch.cat(row) for row in rows]) for rows in zip(*heads, strict=True)]
+    frames = [
+        image_grid([torch.cat([out["image"] for out in row]) for row in rows])
+        for rows in zip(*heads, strict=True)
+    ]
     titles = ["source", *(DOMAINS[domain].phrases[0] for domain in domains)]
     save_video([label_columns(frame, titles) for frame in frames], DOCS / "orbit.webp")
 

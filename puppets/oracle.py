@@ -36,7 +36,7 @@ from puppets import faces
 from puppets.data import CAMERAS, DOMAIN_NAMES, FLAT_Z_DIM, split_code
 from puppets.domains import ODD_HAIR
 from puppets.heads import Z_DIM, identity, render
-from render import load_run
+from subjects import load_run
 
 ORACLE = Path("checkpoints/puppets/oracle.safetensors")
 # Numbers of a latent that people name, and so may take over from a reference picture.

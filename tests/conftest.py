@@ -19,3 +19,4 @@ from prior_fixtures import (  # noqa: F401
     taesd_folder,
 )
 from run_fixtures import copied, finished  # noqa: F401
+from video_fixtures import ending  # noqa: F401

@@ -21,7 +21,9 @@ from tiny_run import arguments, build_generator, hurry, run, world
 
 import config
 import convert
+import directions
 import eval as evaluation
+import invert
 import render
 import terms
 import train
@@ -30,6 +32,7 @@ from files.generators import save_generator
 from harness.checkpoints import load_checkpoint
 from harness.cli import exit_codes, merge_repeats, read_options, run_cli
 from harness.run_folder import sole_writer
+from subjects import load_run
 
 REPOSITORY = Path(train.__file__).parent
 SCRIPTS = [
@@ -440,7 +443,7 @@ def test_a_source_that_changed_since_is_no_source(tmp_path, call, capsys):
     save_generator(build_generator(), path)
     run(tmp_path / "run", steps=1, generator=str(path))
     save_generator(build_generator(seed=1), path)
-    assert render.load_run(tmp_path / "run")[1] is None
+    assert load_run(tmp_path / "run")[1] is None
     assert "has changed" in capsys.readouterr().err
     code, _, err = call(evaluation, ["--ckpt", tmp_path / "run", "--out", tmp_path / "x.json"])
     assert code == 2 and "source generator" in err.splitlines()[-1]
@@ -596,10 +599,13 @@ def test_any_other_option_given_twice_is_refused_with_both_values(argv, reason):
 
 REQUIRED = {
     "bench": [],
+    "directions": [],
+    "invert": ["--image", "a.png", "--out", "a.safetensors"],
     "convert": ["--generator", "g.pkl", "--out", "g.safetensors"],
     "eval": ["--ckpt", "a"],
     "render": ["--ckpt", "a"],
     "train": ["--prompt", "x"],
+    "view": ["--ckpt", "a"],
 }
 
 
@@ -629,7 +635,10 @@ def test_ckpts_and_pictures_given_twice_both_count(tmp_path, monkeypatch):
         (convert, "--generator ~/g.pkl --out=~/x.safetensors", {"out": "x.safetensors"}),
         (convert, "--generator=~/g.pkl --out x", {"generator": "g.pkl"}),
         (evaluation, "--ckpt ~/a b --real=~/r --out ~/o.json", {"out": "o.json", "real": "r"}),
+        (directions, "--ckpt ~/a --out=~/d.safetensors", {"ckpt": "a", "out": "d.safetensors"}),
+        (invert, "--image ~/a.png --out=~/x.safetensors", {"image": "a.png"}),
         (render, "--ckpt=~/a --out ~/o", {"ckpt": "a", "out": "o"}),
+        (render, "--ckpt a --directions ~/d.safetensors", {"directions": "d.safetensors"}),
     ],
 )
 def test_the_tilde_of_paths_is_the_home_folder(tmp_path, monkeypatch, script, argv, expected):
@@ -640,6 +649,16 @@ def test_the_tilde_of_paths_is_the_home_folder(tmp_path, monkeypatch, script, ar
         assert str(getattr(cfg, name)) == str(tmp_path / value)
     if script is evaluation:
         assert cfg.ckpt == (tmp_path / "a", Path("b"))
+
+
+def test_the_tilde_of_heads_and_of_mixtures_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = "render.py --mix ~/a=0.5 ~/b=1:shape --latents ~/me.safetensors x.safetensors"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    cfg = read_options(render.Config, "", lambda _: None)
+    assert cfg.latents == (tmp_path / "me.safetensors", Path("x.safetensors"))
+    wanted = [(f"{tmp_path}/a", 0.5, "all"), (f"{tmp_path}/b", 1.0, "shape")]
+    assert render.parse_mix(cfg.mix) == wanted
 
 
 def test_train_expands_paths_and_leaves_texts_as_they_are(tmp_path, monkeypatch):
@@ -656,10 +675,10 @@ def test_train_expands_paths_and_leaves_texts_as_they_are(tmp_path, monkeypatch)
 
 
 MISTAKES = {
-    "--sed 1 --ckpt a": "Unrecognized options: --sed",
-    "--ckpt": "Missing value for argument '--ckpt'. Expected 1 values",
-    "--trunc x --ckpt a": "Error parsing --trunc: could not convert string to float: 'x'",
-    "": "Missing from render.py: --ckpt STR Run folder, or generator: .safetensors,",
+    "render.py --sed 1 --ckpt a": "Unrecognized options: --sed",
+    "render.py --ckpt": "Missing value for argument '--ckpt'. Expected 1 values",
+    "render.py --trunc x --ckpt a": "Error parsing --trunc: could not convert string to float: 'x'",
+    "convert.py": "Missing from convert.py: --generator STR Official .pkl, .pth, .pt or another",
 }
 
 
@@ -667,7 +686,7 @@ MISTAKES = {
 @pytest.mark.parametrize("argv", MISTAKES)
 def test_a_mistake_is_explained_in_one_line(argv, encoding):
     env = os.environ | {"PYTHONIOENCODING": encoding}
-    command = [sys.executable, "render.py", *argv.split()]
+    command = [sys.executable, *argv.split()]
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith(f"error: {MISTAKES[argv]}")
@@ -675,7 +694,17 @@ def test_a_mistake_is_explained_in_one_line(argv, encoding):
     assert "--help" in done.stderr and "---" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["convert", "eval", "render", "train"])
+@pytest.mark.parametrize("argv", ["", "--ckpt a --mix b=1", "--seeds 0"])
+def test_a_render_of_nothing_is_refused_in_one_line(argv):
+    command = [sys.executable, "render.py", *argv.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    reason = "error: either --ckpt or --mix is needed\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", reason)
+
+
+@pytest.mark.parametrize(
+    "script", ["convert", "directions", "eval", "invert", "render", "train", "view"]
+)
 @pytest.mark.parametrize("argv", [["--help"], ["--nonsense", "1"]])
 def test_help_and_mistakes_come_before_torch_is_imported(script, argv):
     code = f"""

@@ -20,7 +20,8 @@ from files.generators import load_generator, save_generator
 from models.field import fold_planes, look_up, project
 from models.mesh import extract_mesh
 from models.panohead import PanoHeadGenerator
-from render import orbit, seed_to_subject, sides
+from render import orbit, sides
+from subjects import seed_to_subject
 
 DATA = Path(__file__).parent / "data"
 N32 = {"neural_rendering_resolution": 32}
@@ -259,7 +260,7 @@ def test_a_head_is_seen_from_all_sides(G):
     yaws = G.cameras.sample(400)[:, [3, 11]]
     assert (yaws[:, 1] < 0).float().mean() == pytest.approx(0.5, abs=0.1)
     frames = list(orbit(seed_to_subject(G, 0), 3))
-    assert len(frames) == 3 and frames[0].shape == (1, 3, 128, 128)
+    assert [frame["image"].shape for frame in frames] == [(1, 3, 128, 128)] * 3
 
 
 def test_meshes_have_a_back():

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_generator import fill_parameters
+from video_fixtures import read_frames
 
 import render
 from files.generators import load_generator, save_generator
@@ -173,25 +175,18 @@ def test_our_files_hold_it_whole(tmp_path):
     assert torch.equal(found.synthesis(ws)["image"], G.synthesis(ws)["image"])
 
 
-def test_stills_and_a_walk_of_a_generator_without_cameras(tmp_path):
+def test_stills_and_a_walk_of_a_generator_without_cameras(tmp_path, ending):
     save_generator(small_generator(), tmp_path / "g.safetensors")
     ckpt, out = str(tmp_path / "g.safetensors"), tmp_path / "out"
-    render.main(render.Config(ckpt, out, "0-2", interpolate=3, device="cpu"))
+    render.main(render.Config(ckpt, out=out, seeds="0-2", interpolate=3, device="cpu"))
     names = {path.name for path in out.iterdir()}
-    assert names == {"seed0000.png", "seed0001.png", "seed0002.png", "interpolation.webp"}
-    with render_picture(out / "seed0000.png") as still:
+    assert names == {"seed0000.png", "seed0001.png", "seed0002.png", f"interpolation{ending}"}
+    with Image.open(out / "seed0000.png") as still:
         assert still.size == (32, 32)
-    with render_picture(out / "interpolation.webp") as walk:
-        assert walk.n_frames == 9
+    assert read_frames(out / f"interpolation{ending}").shape == (9, 32, 32, 3)
     for name in ("depth", "orbit", "mesh"):
         with pytest.raises(ValueError, match=f"--{name} needs a generator with cameras"):
-            render.main(render.Config(ckpt, out, "0", **{name: 16}, device="cpu"))
-
-
-def render_picture(path):
-    from PIL import Image
-
-    return Image.open(path)
+            render.main(render.Config(ckpt, out=out, seeds="0", **{name: 16}, device="cpu"))
 
 
 def test_classes_are_refused_in_one_line(tmp_path):

@@ -121,13 +121,14 @@ def change_settings(folder: Path, **changes: object) -> None:
 
 
 def contents(out: Path) -> dict:
-    """Return what must be equal in equal runs: every file's bytes, but for costs in the log."""
+    """Return what must be equal in equal runs: every file's bytes, but for what tells costs."""
     found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.iterdir()}
     rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
     costs = {"seconds", "peak_gb"}
     found["log.jsonl"] = [{k: v for k, v in row.items() if k not in costs} for row in rows]
     found["checkpoint"] = _flat(load_checkpoint(out))
-    return {k: v for k, v in found.items() if not k.endswith(".pt") and k != "config.json"}
+    varies = ("config.json", "index.html")
+    return {k: v for k, v in found.items() if not k.endswith(".pt") and k not in varies}
 
 
 def _flat(value: object) -> object:

@@ -32,6 +32,8 @@ from puppets.fit.pretrain import (
     warm_start,
 )
 
+TEXT_RATE = 0.5  # Times the learning rate of the others.
+
 
 def build_unet() -> UNet2DConditionModel:
     """Return Stable Diffusion's UNet, small: 16x16 latents, two levels that attend to the text."""
@@ -92,19 +94,16 @@ def prepare_latents(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
     return latents
 
 
-def embed_captions(captions: np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Embed captions as the prior's text encoder does, each wording once.
+def tokenize_captions(captions: np.ndarray) -> tuple[Tensor, Tensor, int]:
+    """Turn captions into what the prior's text encoder reads, each wording once.
 
     Returns:
-        Embeddings [M, L, D], the row of each caption [N], the row of the empty one.
+        Tokens [M, L], the row of each caption [N], the row of the empty one.
     """
-    text_encoder = CLIPTextModel.from_pretrained(DIFFUSION / "text_encoder", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(DIFFUSION / "tokenizer")
     wordings, which = np.unique(np.append(captions.astype(str), ""), return_inverse=True)
     ids = clip_tokenize(tokenizer, wordings.tolist(), LENGTH)
-    with torch.no_grad():
-        embedded = torch.cat([text_encoder.eval()(part)[0] for part in ids.split(256)])
-    return embedded, torch.from_numpy(which[:-1]), int(which[-1])
+    return ids, torch.from_numpy(which[:-1]), int(which[-1])
 
 
 def rough_depth(depth: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -133,7 +132,14 @@ def train(cfg: Config) -> None:
     report_prior(cfg, minutes)
 
 
-def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "data") -> float:
+def fit_prior(
+    cfg: Config,
+    name: str,
+    into: Path,
+    steps: int,
+    pictures: str = "data",
+    text_learns: bool = False,
+) -> float:
     """Train UNet and ControlNet together: depth for 60 % of the samples, no text for 12 %.
 
     Args:
@@ -141,6 +147,7 @@ def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "d
         into: Folder that both are written to.
         steps: Optimiser steps.
         pictures: Folder of the shards.
+        text_learns: Whether the text encoder learns words that it has never read, too.
 
     Returns:
         Minutes spent.
@@ -148,7 +155,11 @@ def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "d
     data = load(keys=("rgb", "depth", "mask", "caption"), folder=pictures)
     vae = AutoencoderKL.from_pretrained(DIFFUSION / "vae").float().eval()
     latents = prepare_latents(vae, data.pop("rgb"))
-    embedded, which, empty = embed_captions(data["caption"])
+    ids, which, empty = tokenize_captions(data["caption"])
+    text_encoder = CLIPTextModel.from_pretrained(DIFFUSION / "text_encoder", dtype=torch.float32)
+    text_encoder.to(cfg.device).eval().requires_grad_(text_learns)
+    with torch.no_grad():
+        embedded = torch.cat([text_encoder(x.to(cfg.device))[0] for x in ids.split(256)])
 
     torch.manual_seed(0)
     unet = build_unet()
@@ -163,12 +174,17 @@ def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "d
         network.to(cfg.device)
         network.set_attn_processor(AttnProcessor())
     abar = scheduler().alphas_cumprod.to(cfg.device)
-    params = [*unet.parameters(), *controlnet.parameters()]
+    groups = {1.0: [*unet.parameters(), *controlnet.parameters()]}
+    if text_learns:
+        groups[TEXT_RATE] = list(text_encoder.parameters())
 
     def terms(step: int) -> dict[str, Tensor]:
         rows = torch.randint(len(latents), (32,))
         z0 = latents[rows].to(cfg.device)
-        text = embedded[torch.where(torch.rand(32) < 0.12, empty, which[rows])].to(cfg.device)
+        captions = torch.where(torch.rand(32) < 0.12, empty, which[rows])
+        text = embedded[captions]  # [32, L, D]
+        if text_learns:
+            text = text_encoder(ids[captions].to(cfg.device))[0]
         t = torch.randint(1000, (32,), device=cfg.device)
         noise = torch.randn_like(z0)
         a = abar[t].view(-1, 1, 1, 1)
@@ -193,7 +209,9 @@ def fit_prior(cfg: Config, name: str, into: Path, steps: int, pictures: str = "d
             * (pad / 32),
         }
 
-    minutes = fit(name, params, terms, cfg, steps=steps, lr=8e-4, weight_decay=0.01)
+    minutes = fit(name, groups, terms, cfg, steps=steps, lr=8e-4, weight_decay=0.01)
+    if text_learns:
+        text_encoder.cpu().half().save_pretrained(into / "text_encoder")
     unet.cpu().half().save_pretrained(into / "unet")
     controlnet.cpu().half().save_pretrained(into / "controlnet")
     return minutes

@@ -1,7 +1,8 @@
 """Go on training UNet and ControlNet on heads seen from all sides, with words for the view.
 
-They begin with the weights in `checkpoints/puppets/diffusion`, and get a folder of their own beside
-copies of the networks that stay: `checkpoints/puppets360/diffusion`.
+They begin with the weights in `checkpoints/puppets/diffusion`, as does the text encoder, to which
+front, side and back were the same. They get a folder of their own beside copies of the networks
+that stay: `checkpoints/puppets360/diffusion`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def train(cfg: Config) -> None:
     words = {word for view in VIEW_WORDS for word in view.split()}
     vocabulary["words"] = sorted(words.union(vocabulary["words"]))
     (into / "vocabulary.json").write_text(json.dumps(vocabulary, indent=1))
-    minutes = fit_prior(replace(cfg, warm_start=True), "unet360", into, 1500, "around")
+    minutes = fit_prior(replace(cfg, warm_start=True), "unet360", into, 3000, "around", True)
     report_prior(cfg, minutes)
 
 

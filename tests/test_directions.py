@@ -1,0 +1,119 @@
+"""Directions of codes: from words, without the cameras' share, and from the codes alone."""
+
+import pytest
+import torch
+from tiny_run import build_generator, world
+
+import directions
+import subjects
+from directions import Config
+
+FAR = {"samples": 100, "components": 3}
+
+
+def options(tmp_path, **changes):
+    given = {
+        "ckpt": str(world() / "generator.safetensors"),
+        "clip": str(world() / "clip"),
+        "out": tmp_path / "d.safetensors",
+        "device": "cpu",
+        "words": ("red=red hair/black hair",),
+        "apart": ("hair=long hair/short hair",),
+    }
+    return Config(**given | FAR | changes)
+
+
+def test_a_file_has_the_words_and_the_widest_directions(tmp_path, capsys):
+    directions.main(options(tmp_path))
+    found, _ = subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)
+    assert found.keys() == {"red", "hair", "pc0", "pc1", "pc2"}
+    w = directions.draw_codes(build_generator(), 3000, seed=7)
+    for name, direction in found.items():  # One unit is one standard deviation.
+        unit = direction / direction.norm()
+        assert (w @ unit).std() == pytest.approx(direction.norm().item(), rel=0.3), name
+    assert found["red"] @ found["hair"] == pytest.approx(0, abs=1e-4)
+    widths = [found[f"pc{k}"].norm() for k in range(3)]
+    assert widths == sorted(widths, reverse=True)
+    axes = torch.stack([found[f"pc{k}"] / widths[k] for k in range(3)])
+    torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-4, rtol=0)
+    first = (tmp_path / "d.safetensors").read_bytes()
+    directions.main(options(tmp_path))
+    assert (tmp_path / "d.safetensors").read_bytes() == first
+
+
+class Rater:
+    """Stands for CLIP: sees one number in a picture, by the place of its words."""
+
+    def __init__(self, values):
+        self.values, self.calls = values, 0
+
+    def images(self, image):
+        self.calls += 1
+        return self.values[self.calls - 1 : self.calls]
+
+    def text(self, sentences):
+        axis = {"long": 0, "short": 0, "dark": 1, "pale": 1}
+        sign = {"long": 1.0, "short": -1.0, "dark": 1.0, "pale": -1.0}
+        words = [sentence.split()[-2] for sentence in sentences]
+        return torch.stack([sign[word] * torch.eye(2)[axis[word]] for word in words])
+
+
+def test_directions_lead_to_what_is_rated_high_and_not_to_what_is_seen_more_clearly():
+    G = build_generator()
+    cfg = Config(samples=600, components=0)
+    w = directions.draw_codes(G, 600, cfg.seed)
+    axes = torch.linalg.svd(w - w.mean(0), full_matrices=False).Vh
+    numbers = (w - w.mean(0)) @ axes.T
+    # What is meant to be one number of the codes is mostly another, as hair is dark to many a CLIP.
+    dark, length = numbers[:, 0] / numbers[:, 0].std(), numbers[:, 1] / numbers[:, 1].std()
+    rater = Rater(torch.stack([0.3 * length + 0.6 * dark, 2 * dark], dim=1))
+    pairs = {"hair": ("long hair", "short hair"), "skin": ("dark skin", "pale skin")}
+    found = directions.from_words(G, rater, pairs, cfg)
+    scores = {name: (w - w.mean(0)) @ x for name, x in found.items()}
+
+    def tells(name, truth):
+        return torch.corrcoef(torch.stack([scores[name], truth]))[0, 1].abs().item()
+
+    assert tells("skin", dark) > 0.8
+    alone = directions.from_words(G, Rater(rater.values), {"hair": pairs["hair"]}, cfg)
+    scores["alone"] = (w - w.mean(0)) @ alone["hair"]
+    assert tells("hair", dark) < 0.5 * tells("alone", dark)
+    assert tells("hair", length) > tells("alone", length)
+
+
+def test_what_cameras_tell_of_a_score_is_taken_out():
+    G = build_generator()
+    torch.manual_seed(0)
+    c = G.cameras.sample(200)
+    own = torch.randn(200)
+    left = directions.without_cameras(own + 5 * c[:, 3] - 3 * c[:, 7].square(), c)
+    assert torch.corrcoef(torch.stack([left, own]))[0, 1] > 0.95
+    assert abs(torch.corrcoef(torch.stack([left, c[:, 3]]))[0, 1]) < 1e-3
+    flat = directions.without_cameras(own, c[:, :0])  # Of pictures without cameras.
+    torch.testing.assert_close(flat, own - own.mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"words": ("hair",)}, "--words must look like"),
+        ({"words": ("hair=long",)}, "--words must look like"),
+        ({"words": ("pc1=a/b",)}, "--words must look like"),
+        ({"words": ("a b=c/d",)}, "--words must look like"),
+        ({"template": "a head"}, "--template must hold"),
+        ({"samples": 9}, "--samples must be at least 100"),
+        ({"components": -1}, "--components must be at least 1"),
+        ({"words": (), "apart": (), "components": 0}, "--components must be at least 1"),
+        ({"ckpt": "nowhere.pkl"}, "nowhere.pkl"),
+        ({"clip": "./nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_written(change, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        directions.main(options(tmp_path, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_words_of_a_name_count():
+    pairs = directions.parse_words(("skin=green skin/red skin", "skin=dark skin/pale skin"))
+    assert pairs == {"skin": ("green skin", "red skin")}
