@@ -21,7 +21,7 @@ import importlib.util
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isfinite, pi, sqrt
 from pathlib import Path
@@ -34,7 +34,6 @@ from harness.video import ENDINGS, MOST_FRAMES, ending, hint, is_our_video, save
 
 MOST_SEEDS = 100_000  # A guard against a slip such as 0-99999999.
 VOXELS = (16, 512)  # Fewest and most per side; 512 take up to 0.5 GB.
-VIDEOS = ("interpolation", "orbit")  # Of all heads.
 PARTS = ("all", "shape", "colour")  # What a run can give to a mixture.
 NEEDS = {  # Packages that options ask for, by what they are imported and installed as.
     "mesh": ("skimage", "scikit-image"),
@@ -87,14 +86,32 @@ def check(cfg: Config) -> None:
         check_source("--ckpt", cfg.ckpt)
     for run, _, _ in parse_mix(cfg.mix):
         check_source("--mix", run)
-    for path in (*cfg.latents, *([cfg.directions] if cfg.edit else [])):
-        if not path.is_file():
-            raise ValueError(f"{path} is no file")
-    names = [still_name(seed) for seed in seeds] + [f"{path.stem}.png" for path in cfg.latents]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"--latents: two heads would be written to {twice[0]}: rename a file")
+    for flag, paths in (
+        ("--latents", cfg.latents),
+        ("--directions", (cfg.directions,) if cfg.edit else ()),
+    ):
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{flag} {path} is no file")
+    names = [f"seed{seed:04d}" for seed in seeds] + [path.stem for path in cfg.latents]
+    if twice := [name for name, count in Counter(written(cfg, names)).items() if count > 1]:
+        raise ValueError(f"--latents: two would be written to {twice[0]}: rename a file")
     if cfg.out.exists():
-        check_replaced(cfg.out, names)
+        check_replaced(cfg, names)
+
+
+def written(cfg: Config, names: list[str]) -> list[str]:
+    """Return the pictures and videos that are written of heads with these names."""
+    files = [f"{name}.png" for name in names] + ["grid.png"]
+    files += [f"{name}_depth.png" for name in names if cfg.depth]
+    files += [f"{name}{ending()}" for name in names if cfg.orbit and not cfg.together]
+    return files + videos_of_all(cfg)
+
+
+def videos_of_all(cfg: Config) -> list[str]:
+    """Return the names of the videos that show all heads."""
+    asked = {"orbit": cfg.orbit and cfg.together, "interpolation": cfg.interpolate}
+    return [f"{name}{ending()}" for name, frames in asked.items() if frames]
 
 
 def check_numbers(cfg: Config, heads: int) -> None:
@@ -121,41 +138,54 @@ def check_numbers(cfg: Config, heads: int) -> None:
             f"got {heads} times {cfg.interpolate}"
         )
     for flag, (module, package) in NEEDS.items():
-        if getattr(cfg, flag) and importlib.util.find_spec(module) is None:
+        if getattr(cfg, flag) and not has(module):
             raise ValueError(f"--{flag} needs {package}: pip install {package}")
+    if cfg.mesh and cfg.mesh_format == ("glb",) and not has("trimesh"):
+        raise ValueError("--mesh-format glb needs trimesh: pip install trimesh")
 
 
-def check_replaced(out: Path, names: list[str]) -> None:
+def has(module: str) -> bool:
+    """Return whether an optional package is installed."""
+    return importlib.util.find_spec(module) is not None
+
+
+def check_replaced(cfg: Config, names: list[str]) -> None:
     """Refuse to replace files that render.py has not written.
 
     Every file of a head comes with its still. A text chunk in that tells who wrote them.
+
+    Args:
+        cfg: Where to write, and what.
+        names: Of the heads.
 
     Raises:
         ValueError: naming one of them.
     """
     endings = (".png", "_depth.png", ".ply", ".obj", ".glb", *ENDINGS)
-    stills = [out / name for name in names]
-    groups = {still: [still.with_name(still.stem + end) for end in endings] for still in stills}
-    groups[out / "grid.png"] = [out / "grid.png"]
-    for still, files in groups.items():
-        there = [path.name for path in files if path.exists()]
-        if there and not is_ours(still):
-            raise ValueError(f"--out {out}: {there[0]} was not written by render.py: move it away")
-    for path in (out / f"{name}{end}" for name in VIDEOS for end in ENDINGS):
-        if path.exists() and not is_our_video(path):
-            raise ValueError(f"--out {out}: {path.name} was not written by render.py: move it away")
-
-
-def still_name(seed: int) -> str:
-    """Return the name of the picture of a seed."""
-    return f"seed{seed:04d}.png"
+    groups = {
+        cfg.out / f"{name}.png": [cfg.out / f"{name}{end}" for end in endings] for name in names
+    }
+    groups[cfg.out / "grid.png"] = [cfg.out / "grid.png"]
+    foreign = [
+        path
+        for still, files in groups.items()
+        if not is_ours(still)
+        for path in files
+        if path.exists()
+    ]
+    videos = [cfg.out / name for name in videos_of_all(cfg)]
+    foreign += [path for path in videos if path.exists() and not is_our_video(path)]
+    if foreign:
+        raise ValueError(
+            f"--out {cfg.out}: {foreign[0].name} was not written by render.py: move it away"
+        )
 
 
 def parse_seeds(cfg: Config) -> list[int]:
     """Return the seeds that are asked for."""
     if cfg.seeds is None:
         return [] if cfg.latents else list(range(8))
-    return parse_range(cfg.seeds)
+    return list(dict.fromkeys(parse_range(cfg.seeds)))
 
 
 def parse_range(text: str) -> list[int]:
@@ -267,7 +297,7 @@ def main(cfg: Config) -> None:
     make_folder(cfg.out)
     if cfg.orbit or cfg.interpolate:
         hint()
-    if cfg.mesh and "glb" in cfg.mesh_format and importlib.util.find_spec("trimesh") is None:
+    if cfg.mesh and "glb" in cfg.mesh_format and not has("trimesh"):
         print("hint: for meshes as .glb: pip install trimesh", file=sys.stderr)
         cfg = replace(cfg, mesh_format=tuple(x for x in cfg.mesh_format if x != "glb"))
 
@@ -283,7 +313,7 @@ def main(cfg: Config) -> None:
         pictures = (image_grid([torch.cat(pair)]) for pair in pairs)
         save_video(pictures, cfg.out / f"interpolation{ending()}")
     if len(networks) > 1:
-        rows = [portraits([show(network, x) for x in people]) for network in networks]
+        rows = [portraits(show(network, x) for x in people) for network in networks]
         save_image(image_grid(rows), cfg.out / "grid.png")
     print(f"{len(people)} heads rendered to {cfg.out}")
 
@@ -349,7 +379,7 @@ def sides(G: Generator) -> tuple[float, ...]:
     return VIEWS if G.cameras.yaw_range else (0.0,)
 
 
-def portraits(subjects: Sequence[Subject]) -> Tensor:
+def portraits(subjects: Iterable[Subject]) -> Tensor:
     """Render each subject once, turning from one to the next, [N, 3, R, R] in [-1, 1]."""
     pictures = []
     for i, subject in enumerate(subjects):
@@ -360,7 +390,7 @@ def portraits(subjects: Sequence[Subject]) -> Tensor:
 
 def seed_portraits(G: Generator, seeds: Sequence[int], trunc: float = 1.0) -> Tensor:
     """Render what a generator makes of seeds, each once (see `portraits`)."""
-    return portraits([seed_to_subject(G, seed, trunc) for seed in seeds])
+    return portraits(seed_to_subject(G, seed, trunc) for seed in seeds)
 
 
 @torch.no_grad()
@@ -379,7 +409,7 @@ def interpolation(G: Generator, people: Sequence[Person], frames: int) -> Iterat
                 0.5 * t + 2 * t**2 - 1.5 * t**3,
                 -0.5 * t**2 + 0.5 * t**3,
             )
-            yield views(show(G, blend(near, shares)), (0.0,))["image"]
+            yield views(show(G, replace(blend(near, shares), seed=0)), (0.0,))["image"]
 
 
 @torch.no_grad()

@@ -219,6 +219,8 @@ def load_person(path: Path, G: Generator) -> Person:
     found = list(tensors["ws"].shape) if "ws" in tensors else None
     if found != expected:
         raise ValueError(f"--latents {path} has codes {found}, this generator {expected}")
+    if "c" in tensors and tensors["c"].shape != G.cameras.frontal().shape:
+        raise ValueError(f"--latents {path} is damaged: its camera is no label")
     offsets = {n.removeprefix("offsets."): x for n, x in tensors.items() if n.startswith("offsets")}
     return Person(path.stem, tensors["ws"], 0, tensors.get("c"), offsets)
 
@@ -236,20 +238,15 @@ def edit(people: Sequence[Person], path: Path, edits: Mapping[str, float]) -> li
         ValueError: the file has no such direction, or is of another generator.
     """
     directions, _ = read_tensors(path, DIRECTIONS)
-    total: Tensor | float = 0.0
+    shape = people[0].ws.shape[1:]  # [num_ws, w_dim]
+    total = torch.zeros(shape, device=people[0].ws.device)
     for name, amount in edits.items():
         if name not in directions:
             raise ValueError(f"--edit {name}: {path} has {', '.join(directions)}")
-        total = total + amount * directions[name].float()
-    moved = []
-    for person in people:
-        if total.shape[-1] != person.ws.shape[-1] or total.shape[:-1] not in (
-            (),
-            person.ws.shape[1:2],
-        ):
+        if directions[name].shape not in (shape, shape[1:]):
             raise ValueError(f"--directions {path} fits another generator")
-        moved.append(replace(person, ws=person.ws + total.to(person.ws)))
-    return moved
+        total = total + amount * directions[name].to(total)
+    return [replace(person, ws=person.ws + total) for person in people]
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

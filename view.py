@@ -8,6 +8,8 @@ visitor has a head of their own. Several runs of one source are mixed by sliders
 directions.py are sliders, too, where the file is there. Needs viser: pip install viser.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ class Config:
     latents: tuple[Path, ...] = ()  # People that invert.py found.
     directions: Path = Path("directions.safetensors")  # File of directions.py, if it is there.
     host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0 lets other machines in.
-    port: int = 8080
+    port: int = 8080  # Port to listen on; where it is taken, one of the next.
     voxels: int = 128  # Of a mesh, per side.
     frames: int = 90  # Of a video.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
@@ -63,12 +65,11 @@ import threading
 import time
 from contextlib import redirect_stdout, suppress
 from math import atan2, pi
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import viser
 from PIL import Image
 from torch import Tensor
 
@@ -90,6 +91,9 @@ from subjects import (
     show,
 )
 
+if TYPE_CHECKING:
+    import viser
+
 SETTLED = 0.3  # Seconds without a change after which the whole picture is made.
 FAR = 2.7  # Where the page's camera is at first; nearer is larger.
 MOST_ZOOM = 3.0
@@ -109,7 +113,7 @@ class Stage:
     directions: tuple[str, ...]
 
     @classmethod
-    def load(cls, cfg: Config) -> "Stage":
+    def load(cls, cfg: Config) -> Stage:
         """Load generators and what runs changed.
 
         Raises:
@@ -314,6 +318,8 @@ def serve(cfg: Config) -> viser.ViserServer:
         ValueError: an option cannot be used.
     """
     check(cfg)
+    import viser
+
     stage = Stage.load(cfg)
     with redirect_stdout(io.StringIO()):  # Which the address alone is enough for.
         server = viser.ViserServer(host=cfg.host, port=cfg.port, label="GCA-3D", verbose=False)

@@ -51,15 +51,25 @@ def is_our_video(path: Path) -> bool:
     """
     try:
         if path.suffix == ".mp4":
-            import av
-
-            with av.open(path) as container:
-                return container.metadata.get("comment") == SOFTWARE
+            return _comment(path) == SOFTWARE
         with Image.open(path) as picture:
             return picture.getexif().get(SOFTWARE_TAG) == SOFTWARE
-    # Missing, no video, or too large; PyAV's errors are of both kinds.
-    except (ImportError, OSError, ValueError, Image.DecompressionBombError):
+    # Missing, no video, damaged (Pillow's SyntaxError), or too large.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
+
+
+def _comment(path: Path) -> str | None:
+    """Return the comment in an .mp4, None if there is none or PyAV, which reads it, is missing."""
+    try:
+        import av
+    except ImportError:
+        return None
+    try:
+        with av.open(path) as container:
+            return container.metadata.get("comment")
+    except av.FFmpegError:
+        return None
 
 
 def _write_webp(frames: Iterable[Image.Image], file: BinaryIO) -> None:
@@ -77,10 +87,15 @@ def _write_mp4(frames: Iterable[Image.Image], file: BinaryIO) -> None:
         container.metadata["comment"] = SOFTWARE
         stream = container.add_stream("libx264", rate=FRAMES_A_SECOND, options={"crf": QUALITY})
         stream.pix_fmt = "yuv420p"  # The only one that browsers play.
+        context = stream.codec_context  # Colours are BT.709's, and said to be.
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(_even(picture), format="rgb24")
             if number == 0:
                 stream.width, stream.height = frame.width, frame.height
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

@@ -82,6 +82,7 @@ def extract_mesh(
         from fast_simplification import simplify
 
         corners, triangles = simplify(corners, triangles, target_count=faces)
+        corners = corners.astype(np.float32)
     vertices = torch.from_numpy(corners).to(ws.device)
     colors = [
         G.colours(G.sample_mixed(points[None], None, ws, planes=planes)["rgb"], ws)[0]

@@ -156,7 +156,9 @@ def test_the_recipe_for_a_loss_can_be_pasted(tmp_path):
 def test_readme_command_parses(argv):
     script = import_module(Path(argv[0]).stem)
     cfg = read(script, argv[1:])
-    assert all((REPOSITORY / picture).is_file() for picture in getattr(cfg, "image", ()))
+    pictures = getattr(cfg, "image", ())
+    pictures = pictures if isinstance(pictures, tuple) else (pictures,)
+    assert all((REPOSITORY / picture).is_file() for picture in pictures)
 
 
 def read(script, argv):
