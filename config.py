@@ -325,7 +325,7 @@ BASES["puppets2d"] = BASES["puppets"] | {"generator": "checkpoints/puppets2d/gen
 BASES["puppets360"] = BASES["puppets"] | {
     "generator": "checkpoints/puppets360/generator.safetensors",
     "diffusion": "checkpoints/puppets360/diffusion",
-    "ip_adapter": "checkpoints/puppets/diffusion",
+    "ip_adapter": "checkpoints/puppets/diffusion/ip_adapter",
     "view_words": True,
 }
 # What a method is on any base: what learns, and what the prior sees of the source.

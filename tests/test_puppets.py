@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ import torch.nn.functional as F
 
 import train
 from files.generators import load_generator
+from models.cameras import VIEW_WORDS
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from models.noise import guided_noise
 from puppets import heads
-from puppets.data import DOMAIN_NAMES, FLAT_Z_DIM, split_code
+from puppets.data import DOMAIN_NAMES, FLAT_Z_DIM, ROUND_CAMERAS, split_code
 from puppets.domains import DOMAINS, ODD_HAIR
 from puppets.oracle import angle_deg, load_oracle
 
 ROOT = Path(__file__).parents[1]
 PUPPETS = ROOT / "checkpoints/puppets"
+ROUND = ROOT / "checkpoints/puppets360"
 
 
 def fresh_heads(G, count: int, seed: int):
@@ -44,6 +47,9 @@ def prior():
 def test_checkpoints_are_small():
     sizes = [p.stat().st_size for p in PUPPETS.rglob("*") if p.is_file()]
     assert sum(sizes) < 40e6 and max(sizes) < 15e6
+    others = (ROUND, ROOT / "checkpoints/puppets2d")
+    sizes = [p.stat().st_size for folder in others for p in folder.rglob("*") if p.is_file()]
+    assert sum(sizes) < 30e6 and max(sizes) < 15e6
 
 
 def test_generator_draws_the_person_that_the_latent_means(generator):
@@ -72,6 +78,45 @@ def test_pictures_without_cameras_are_those_of_their_codes():
     assert front.mean() > 21.5
     other = images.roll(1, 0) - truth  # Of other heads, seen from elsewhere.
     assert (other.square().mean((1, 2, 3)) > 2 * square.mean((1, 2, 3))).all()
+
+
+def test_heads_are_drawn_from_all_sides_without_specks_or_a_seam():
+    G = load_generator(ROUND / "generator.safetensors")
+    rng = np.random.default_rng(6)
+    z = torch.from_numpy(rng.standard_normal((12, heads.Z_DIM))).float()
+    yaw = torch.linspace(-math.pi, math.pi, 13)[:12]
+    c = ROUND_CAMERAS.label(yaw, torch.from_numpy(rng.uniform(-0.4, 0.4, 12)).float())
+    truth, _, mask = heads.render(z, c)
+    torch.manual_seed(0)
+    ws = G.mapping(z, G.cameras.frontal(len(z)))
+    out = G.synthesis(ws, c)
+    square = (out["image"].clamp(-1, 1) - truth).square().mean(1, keepdim=True)
+    front = 10 * torch.log10(4 * mask.sum((1, 2, 3)) / (square * mask).sum((1, 2, 3)))
+    assert front.mean() > 24
+    small = F.avg_pool2d(mask, 2)
+    ours, theirs = out["mask"] > 0.5, small > 0.5
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
+    beside = F.max_pool2d(small, 9, 1, 4) == 0
+    assert (out["mask"] * beside).amax((1, 2, 3)).median() < 0.2
+    turned = torch.tensor([math.pi - 0.01, -math.pi + 0.01])
+    left, right = G.synthesis(ws[:1], ROUND_CAMERAS.label(turned, torch.zeros(2))[None])["image"]
+    assert (left - right).abs().mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def round_prior():
+    return DiffusionPrior.from_pretrained(ROUND / "diffusion")
+
+
+@pytest.mark.parametrize("domain", ["bronze", "devil"])
+def test_prior_of_all_sides_knows_from_where_it_looks(round_prior, domain):
+    """Noise in true backs is told best by the words for a back, in fronts by those for a front."""
+    assert round_prior.unknown_words(f"{DOMAINS[domain].phrases[0]}, {VIEW_WORDS[2]}") == []
+    for yaw, side in ((math.pi, 2), (0.0, 0)):
+        c = ROUND_CAMERAS.label(torch.full((4,), yaw), torch.zeros(4))
+        phrases = [f"{DOMAINS[domain].phrases[0]}, {word}" for word in VIEW_WORDS]
+        errors = [noise_left(round_prior, domain, phrase, c)[1:].sum() for phrase in phrases]
+        assert errors[side] == min(errors), (yaw, errors)
 
 
 def test_clip_names_the_domains():
@@ -108,20 +153,21 @@ def test_prior_is_complete_and_knows_the_words_of_every_caption(prior):
 @pytest.mark.parametrize("domain", ["person", "bronze", "alien", "devil"])
 def test_prior_denoises_true_pictures_and_best_with_their_own_prompt(prior, domain):
     """The noise left at t = 100, 300, 600: large if UNet and VAE are not of one training."""
-    errors = {name: noise_left(prior, domain, name) for name in (domain, "marble")}
+    c = torch.cat([heads_camera(np.random.default_rng(i)) for i in range(4)])
+    names = (domain, "marble")
+    errors = {name: noise_left(prior, domain, DOMAINS[name].phrases[0], c) for name in names}
     assert (errors[domain] < torch.tensor([0.18, 0.07, 0.03])).all(), errors
     assert errors[domain][2] < 0.9 * errors["marble"][2]
 
 
-def noise_left(prior, domain: str, prompt: str) -> torch.Tensor:
+def noise_left(prior, domain: str, prompt: str, c: torch.Tensor) -> torch.Tensor:
     """Return the mean squared error of the noise predicted in four heads of a domain, [3]."""
     torch.manual_seed(5)
     z = torch.randn(4, heads.Z_DIM)
-    c = torch.cat([heads_camera(np.random.default_rng(i)) for i in range(4)])
     latents = prior.encode_images(heads.render(z, c, domain)[0]).repeat(3, 1, 1, 1)
     noise, t = torch.randn_like(latents), torch.tensor([100, 300, 600]).repeat_interleave(4)
     abar = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
-    text = prior.encode_text([DOMAINS[prompt].phrases[0]]).repeat(12, 1, 1)
+    text = prior.encode_text([prompt]).repeat(12, 1, 1)
     noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
     return (prior.predict_noise(noisy, t, text) - noise).square().mean((1, 2, 3)).view(3, 4).mean(1)
 
