@@ -148,7 +148,7 @@ def summary(rows: list[dict]) -> str:
 def known_direction(w: Tensor, z: Tensor, number: int) -> Tensor:
     """Return the direction [w_dim] of one of the numbers that make a head (see heads.py)."""
     order = identity(z)[:, number].argsort()
-    tenth = len(z) // directions.SHARE
+    tenth = len(z) // 10
     change = w[order[-tenth:]].mean(0) - w[order[:tenth]].mean(0)
     return directions.in_deviations(change, w)
 
