@@ -4,7 +4,8 @@
 
 Inverts true pictures of people whom no training has seen, from cameras at random, with and without
 tuning, and looks at them in the run's domain. Reads what edits along directions change. Writes
-docs/people.json, head by head, so that the same command goes on where it was stopped.
+docs/people.json, head by head, so that the same command goes on where it was stopped; then draws
+docs/figure-people.png: a photo, its inversion, the person in the runs' domains, and edited.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ import directions
 import invert
 from files.generators import load_generator
 from harness.cli import run_cli
-from harness.pictures import save_image, to_uint8
+from harness.pictures import image_grid, read_picture, save_image, to_image, to_uint8
 from harness.store import write_text
 from metrics import angle_deg
 from models.generator import Generator
 from puppets.data import CAMERAS
+from puppets.experiments import label_columns
 from puppets.heads import Z_DIM, identity, render
 from puppets.oracle import camera_direction, load_oracle, people_read, target_domain
-from render import PITCH
+from render import PITCH, views
 from subjects import (
     DIRECTIONS,
     Person,
+    edit,
     load_person,
     load_run,
     read_tensors,
@@ -48,6 +51,7 @@ SOURCE = Path("checkpoints/puppets/generator.safetensors")
 SEED = 5000  # Of the first of the people.
 TUNED = 100  # Steps of weights.
 EDITED, MOVE = 24, 2.0  # Heads that are edited, and by how many deviations.
+FIGURE_EDIT = {"hair": -1.5, "dark": -2.0}
 # The number of a latent that each of the words is about, and its sign.
 NUMBERS = {"hair": (14, 1), "dark": (12, -1), "skin": (15, 1)}
 
@@ -79,6 +83,8 @@ def main(cfg: Config) -> None:
         print(f"tune {tune}: " + summary(some))
     for name, row in known["directions"].items():
         print(name, row)
+    if cfg.ckpt:
+        draw_figure(cfg)
 
 
 def draw_person(seed: int) -> tuple[Tensor, Tensor]:
@@ -143,6 +149,32 @@ def summary(rows: list[dict]) -> str:
                 f"{name} median {np.median(values):.2f}, {values.min():.2f} to {values.max():.2f}"
             )
     return "; ".join(parts)
+
+
+def draw_figure(cfg: Config) -> None:
+    """Draw what becomes of a photo, from left to right."""
+    photo = Path("docs/photo.png")
+    with tempfile.TemporaryDirectory() as folder:
+        out, found = Path(folder, "me.safetensors"), Path(folder, "directions.safetensors")
+        invert.main(invert.Config(image=photo, out=out, tune=TUNED, device="cpu"))
+        directions.main(directions.Config(out=found, device="cpu"))
+        person = load_person(out, load_generator(SOURCE))
+        (edited,) = edit([person], found, FIGURE_EDIT)
+    picture = to_image(read_picture(photo))
+    columns = {"photo": F.interpolate(picture, (128, 128), mode="bilinear", antialias=True)}
+    c = person.c
+    columns["inverted"] = show(load_generator(SOURCE), person).see(c)["image"]
+    for ckpt in cfg.ckpt:
+        G, _, settings = load_run(ckpt)
+        columns[settings["prompt"]] = show(G, person).see(c)["image"]
+    words = ", ".join(f"{name} {amount:+g}" for name, amount in FIGURE_EDIT.items())
+    columns[words] = show(load_generator(SOURCE), edited).see(c)["image"]
+    columns["the same, turned"] = views(show(G, edited), (-0.4,))["image"]
+    large = [
+        F.interpolate(x.clamp(-1, 1), scale_factor=1.5, mode="bicubic") for x in columns.values()
+    ]
+    strip = image_grid([torch.cat(large)], len(large))
+    save_image(label_columns(strip, list(columns)), Path("docs/figure-people.png"))
 
 
 def known_direction(w: Tensor, z: Tensor, number: int) -> Tensor:

@@ -115,8 +115,11 @@ def test_prior_of_all_sides_knows_from_where_it_looks(round_prior, domain):
     for yaw, side in ((math.pi, 2), (0.0, 0)):
         c = ROUND_CAMERAS.label(torch.full((4,), yaw), torch.zeros(4))
         phrases = [f"{DOMAINS[domain].phrases[0]}, {word}" for word in VIEW_WORDS]
-        errors = [noise_left(round_prior, domain, phrase, c)[1:].sum() for phrase in phrases]
-        assert errors[side] == min(errors), (yaw, errors)
+        # Late: a little noise hides nothing that words could tell.
+        errors = [
+            noise_left(round_prior, domain, phrase, c, (800, 900)).mean() for phrase in phrases
+        ]
+        assert errors[side] == min(errors) < 0.95 * errors[2 - side], (yaw, errors)
 
 
 def test_clip_names_the_domains():
@@ -160,16 +163,18 @@ def test_prior_denoises_true_pictures_and_best_with_their_own_prompt(prior, doma
     assert errors[domain][2] < 0.9 * errors["marble"][2]
 
 
-def noise_left(prior, domain: str, prompt: str, c: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error of the noise predicted in four heads of a domain, [3]."""
+def noise_left(prior, domain: str, prompt: str, c: torch.Tensor, times=(100, 300, 600)):
+    """Return the mean squared error of the noise predicted in four heads of a domain, [T]."""
     torch.manual_seed(5)
     z = torch.randn(4, heads.Z_DIM)
-    latents = prior.encode_images(heads.render(z, c, domain)[0]).repeat(3, 1, 1, 1)
-    noise, t = torch.randn_like(latents), torch.tensor([100, 300, 600]).repeat_interleave(4)
+    latents = prior.encode_images(heads.render(z, c, domain)[0]).repeat(len(times), 1, 1, 1)
+    noise, t = torch.randn_like(latents), torch.tensor(times).repeat_interleave(4)
     abar = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
-    text = prior.encode_text([prompt]).repeat(12, 1, 1)
+    text = prior.encode_text([prompt]).repeat(len(t), 1, 1)
     noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-    return (prior.predict_noise(noisy, t, text) - noise).square().mean((1, 2, 3)).view(3, 4).mean(1)
+    return (
+        (prior.predict_noise(noisy, t, text) - noise).square().mean((1, 2, 3)).view(-1, 4).mean(1)
+    )
 
 
 def test_vae_shows_colours_that_no_domain_has(prior):
