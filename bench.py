@@ -31,6 +31,7 @@ from tqdm import tqdm
 import samples
 import terms
 import train
+from config import Base
 from files.generators import load_generator
 from files.official import RELEASED, released_arguments, with_foreground
 from guides import Guides, load_prior, load_vit, prior_dtype, resize
@@ -86,7 +87,7 @@ Row = dict[str, float | None]  # What was measured of a part, by name.
 class Config:
     """Options of bench.py; those named as train.py's are the same."""
 
-    base: Literal["puppets", "ffhq", "afhq"] | None = None  # World whose presets; None: train.py's.
+    base: Base | None = None  # World whose presets; None: train.py's.
     generator: str | None = None  # Generator to adapt: file, run folder, hub id or URL.
     diffusion: str | None = None  # Frozen prior: diffusers folder or hub id.
     controlnet: str | None = None  # Depth ControlNet of the prior: folder or hub id.
@@ -101,8 +102,7 @@ class Config:
     batch: int = 1  # Samples in a step.
     micro_batch: int | None = None  # Samples that the step renders at once; None: all of them.
     low_memory: bool = False  # Compute the VAE's activations twice instead of keeping them.
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
-    """Precision of the prior except its VAE."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None  # Of the prior except its VAE.
     vae_precision: Literal["fp32", "bf16"] = "fp32"  # Precision of the VAE itself.
     compile: bool = False  # Compile UNet, ControlNet and VAE.
 

@@ -389,7 +389,7 @@ def optimise(
         if step % CAMERA_EVERY == 0 and step < CAMERA_UNTIL * cfg.steps:
             turn(search)
         adam.zero_grad(set_to_none=True)
-        loss = losses(search, G, step, tuning=rates[2] > 0)
+        loss = objective(search, G, step, tuning=rates[2] > 0)
         loss.backward()
         adam.step()
         search.step = step + 1
@@ -413,7 +413,7 @@ def rates_at(step: int, cfg: Config) -> tuple[float, float, float]:
     return CODE_RATE * fade, LAYER_RATE * fade * (step >= IN_W * cfg.steps), 0.0
 
 
-def losses(search: Search, G: Generator, step: int, tuning: bool) -> Tensor:
+def objective(search: Search, G: Generator, step: int, tuning: bool) -> Tensor:
     """Return what a step makes smaller, [].
 
     Tuned weights shall draw other views of the person as before: they are compared from a random

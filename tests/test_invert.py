@@ -60,23 +60,23 @@ def test_an_inversion_that_was_stopped_goes_on_to_the_same(photo, monkeypatch):
     unbroken = options(photo, tune=4)
     invert.main(unbroken)
     expected = unbroken.out.read_bytes()
-    take_losses = invert.losses
+    take_objective = invert.objective
 
     def stops_at(last):
-        def losses(search, G, step, tuning):
+        def objective(search, G, step, tuning):
             if step == last:
                 raise KeyboardInterrupt
-            return take_losses(search, G, step, tuning)
+            return take_objective(search, G, step, tuning)
 
-        return losses
+        return objective
 
     for last in (3, 8):  # While the code is looked for, and while weights are tuned.
         unbroken.out.unlink()
-        monkeypatch.setattr(invert, "losses", stops_at(last))
+        monkeypatch.setattr(invert, "objective", stops_at(last))
         with pytest.raises(KeyboardInterrupt):
             invert.main(unbroken)
         assert not unbroken.out.exists()
-        monkeypatch.setattr(invert, "losses", take_losses)
+        monkeypatch.setattr(invert, "objective", take_objective)
         invert.main(unbroken)
         assert unbroken.out.read_bytes() == expected
     invert.main(dataclasses.replace(unbroken, seed=1))

@@ -132,7 +132,7 @@ def train(cfg: Config) -> None:
         return terms | {f"points_{k}": 0.3 * v for k, v in near.items()}
 
     groups[1.0] = groups[1.0] + upper
-    minutes += fit("generator360", groups, pictures, cfg, steps=4500, lr=3e-3)
+    minutes += fit("generator360", groups, pictures, cfg, steps=9500, lr=3e-3)
     G = G.cpu().eval()
     with torch.no_grad():  # w_avg, which truncation pulls towards.
         ws = G.mapping(torch.randn(10_000, heads.Z_DIM), G.cameras.frontal(10_000))
