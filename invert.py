@@ -105,12 +105,15 @@ from subjects import Person, save_person, show
 # The probe: a ridge regression on the ViT's tokens, averaged to so many cells a side.
 CELLS, RIDGE = 8, 0.03
 ZOOMS, SHIFTS = 0.4, 0.15  # Of the crops it learns: log scale, places as shares of the size.
-LOOKS, STILL = 5, 0.03  # Most crops that are tried, and the change below which one stays.
+# A photo is not cropped if it reads smaller changes: the probe errs by as much. Else it is until
+# they are small, or so many times.
+ALIGNED, STILL, LOOKS = (0.15, 0.06, 0.06), 0.03, 5
 CODES = 4000  # Of which the mean and the spread of w are taken.
 # Steps and rates.
 IN_W = 0.4  # Share of the steps in which all layers have one code.
 CODE_RATE, LAYER_RATE, TUNE_RATE = 0.08, 0.02, 1e-3
 CAMERA_EVERY, CAMERA_UNTIL, TURN, MOST_TURN = 4, 0.8, 0.02, 0.1  # Steps; a share; [rad].
+STARTS, TRIAL = (0.0, -0.15, 0.15), 10  # Pitches beside the probe's [rad], and steps from each.
 # Weights of the losses beside the distance of the pictures.
 TOKENS, TYPICAL, ALIKE, ELSEWHERE = 0.3, 0.01, 0.02, 1.0
 FOREIGN = 0.1  # Distance of a photo's background to the generator's from which on it is masked.
@@ -123,6 +126,7 @@ class Photo(NamedTuple):
 
     image: Tensor  # As it was cropped, [1, 3, R, R] in [-1, 1].
     mask: Tensor | None = None  # Where the person is, [1, 1, R, R] in [0, 1], if it is known.
+    cropped: bool = False  # Whether the crop was found, and so is not quite right.
 
 
 class Reading(NamedTuple):
@@ -255,14 +259,15 @@ def align(
         return to_image(cut_out(whole, middle, side, G.img_resolution)).to(device)
 
     reading = probe.read(cut(picture))
-    for _ in range(LOOKS if cfg.align and G.cameras.yaw_range else 0):
+    loose = (reading.crop.abs() > torch.tensor(ALIGNED)).any()
+    for _ in range(LOOKS if cfg.align and loose and G.cameras.yaw_range else 0):
         change = reading.crop.clamp(-ZOOMS, ZOOMS)
         if change.abs().max() < STILL:
             break
         middle, side = middle + side * change[1:], side * change[0].exp().item()
         reading = probe.read(cut(picture))
     where = None if mask is None else (cut(mask).mean(1, keepdim=True) + 1) / 2
-    return Photo(cut(picture), where), reading
+    return Photo(cut(picture), where, side != 1), reading
 
 
 def cut_out(picture: Image.Image, middle: Tensor, side: float, size: int) -> Image.Image:
@@ -297,7 +302,7 @@ class Search:
     axes: Tensor  # [w_dim, w_dim], rows.
     code: nn.Parameter  # [w_dim]
     layers: nn.Parameter  # What each layer has of its own, in deviations of w, [num_ws, w_dim].
-    angles: Tensor  # Yaw and pitch of the camera, [2].
+    view: Tensor  # Yaw and pitch of the camera, and the head's crop (see `Reading`), [5].
     mask: Tensor | None  # See `Photo`; of the generator's own head, where that is needed.
     step: int = 0
 
@@ -310,13 +315,18 @@ class Search:
     @property
     def c(self) -> Tensor:
         """The camera's label, [1, 25]."""
-        return self.G.cameras.label(*self.angles.split(1)).to(self.mean.device)
+        return self.label(self.view)
 
-    def see(self, angles: Tensor | None = None, planes: Tensor | None = None) -> Outputs:
+    def label(self, view: Tensor) -> Tensor:
+        """Return the label [1, 25] of a view [5]."""
+        return move(self.G.cameras.label(*view[:2].split(1)), view[2:]).to(self.mean)
+
+    def see(self, view: Tensor | None = None, planes: Tensor | None = None) -> Outputs:
         """Render what was found, always with the same jitter; from elsewhere, if that is given."""
-        c = self.c if angles is None else self.G.cameras.label(*angles.split(1)).to(self.mean)
         torch.manual_seed(0)
-        return self.G.synthesis(self.ws, c, planes=planes)
+        return self.G.synthesis(
+            self.ws, self.c if view is None else self.label(view), planes=planes
+        )
 
 
 def begin(G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg: Config) -> Search:
@@ -335,9 +345,8 @@ def begin(G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg:
     with torch.no_grad():
         tokens = vit.tokens(photo.image)
     own = nn.Parameter(code), nn.Parameter(layers)
-    search = Search(
-        *(copy.deepcopy(G), vit, photo, tokens, mean, axes, *own, reading.angles, photo.mask)
-    )
+    view = torch.cat([reading.angles, torch.zeros(3)])
+    search = Search(copy.deepcopy(G), vit, photo, tokens, mean, axes, *own, view, photo.mask)
     losses = {}
     with torch.no_grad():
         for share in (1.0, 0.5, 0.0):
@@ -345,6 +354,26 @@ def begin(G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg:
             losses[share] = distance(search, search.see()["image"]).item()
         search.code.copy_(min(losses, key=losses.__getitem__) * code)
     return search
+
+
+def try_starts(
+    G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg: Config
+) -> Search:
+    """Take some steps from the probe's camera and from others above and below it; keep the best."""
+    searches: dict[float, Search] = {}
+    for pitch in STARTS if G.cameras.yaw_range else (0.0,):
+        search = begin(G, vit, photo, reading, cfg)
+        search.view[1] += pitch
+        adam = torch.optim.Adam([search.code], lr=CODE_RATE, betas=(0.9, 0.99))
+        for step in tqdm(range(TRIAL), desc="starts", unit="step", leave=False):
+            if step % 2 == 0:
+                turn(search)
+            adam.zero_grad(set_to_none=True)
+            loss = objective(search, G, step, tuning=False)
+            loss.backward()
+            adam.step()
+        searches[loss.item()] = search
+    return searches[min(searches)]
 
 
 def optimise(
@@ -362,7 +391,7 @@ def optimise(
     Returns:
         The person, and the PSNR of the head [dB].
     """
-    search = begin(G, vit, photo, reading, cfg)
+    search = try_starts(G, vit, photo, reading, cfg)
     weights = {n: p.requires_grad_() for n, p in search.G.named_parameters() if TUNED.match(n)}
     groups = [
         {"params": [search.code]},
@@ -453,7 +482,8 @@ def distance(search: Search, image: Tensor) -> Tensor:
 def turn(search: Search) -> None:
     """Move the camera to where the photo fits best: a robust step of Gauss and Newton.
 
-    Also say where the person is, if the photo's background is not the generator's.
+    Where the crop was found, it moves as well. Also say where the person is, if the photo's
+    background is not the generator's.
     """
     if not search.c.shape[1]:
         return
@@ -462,18 +492,19 @@ def turn(search: Search) -> None:
     if search.photo.mask is None:
         search.mask = own_mask(search.photo.image, here)
     image = here["image"].clamp(-1, 1)
+    axes = TURN * torch.eye(5)[: 5 if search.photo.cropped else 2]
     slopes = [
-        (search.see(search.angles + axis, planes)["image"].clamp(-1, 1) - image).flatten() / TURN
-        for axis in TURN * torch.eye(2)
+        (search.see(search.view + axis, planes)["image"].clamp(-1, 1) - image).flatten() / TURN
+        for axis in axes
     ]
-    slope = torch.stack(slopes, 1)  # [3 R^2, 2]
+    slope = torch.stack(slopes, 1)  # [3 R^2, 2 or 5]
     error = search.photo.image - image
     trust = 1 / (error.abs() + 0.1) * (1.0 if search.mask is None else search.mask)
     weighted = slope * trust.flatten()[:, None]
     square = weighted.T @ slope
-    square = square + 1e-4 * square.trace() * torch.eye(2, device=square.device)
+    square = square + 1e-4 * square.trace() * torch.eye(len(axes), device=square.device)
     change = torch.linalg.solve(square, weighted.T @ error.flatten()).cpu()
-    search.angles = search.angles + 0.7 * change.clamp(-MOST_TURN, MOST_TURN)
+    search.view[: len(axes)] += 0.7 * change.clamp(-MOST_TURN, MOST_TURN)
 
 
 def own_mask(photo: Tensor, drawn: Outputs) -> Tensor | None:
@@ -514,7 +545,7 @@ def save(
     state = {
         "key": key,
         "step": search.step,
-        "angles": search.angles,
+        "view": search.view,
         "mask": search.mask,
         "learnt": {name: x.detach() for name, x in learnt.items()},
         "adam": adam.state_dict(),
@@ -529,7 +560,7 @@ def restore(
     state = torch.load(path, weights_only=True, map_location=search.mean.device)
     if state["key"] != key:
         return
-    search.step, search.angles, search.mask = state["step"], state["angles"].cpu(), state["mask"]
+    search.step, search.view, search.mask = state["step"], state["view"].cpu(), state["mask"]
     with torch.no_grad():
         for name, x in learnt.items():
             x.copy_(state["learnt"][name])
