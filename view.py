@@ -158,10 +158,12 @@ class Visitor:
             for i, name in enumerate(stage.names)
         ]
         self.edits = {}
-        if stage.directions:
-            with gui.add_folder("edit", expand_by_default=len(stage.directions) < 8):
-                for name in stage.directions:
-                    self.edits[name] = gui.add_slider(name, -3.0, 3.0, 0.1, 0.0)
+        for folder, opened in (("edit", True), ("components", False)):
+            names = [x for x in stage.directions if (folder == "edit") != x.startswith("pc")]
+            if names:
+                with gui.add_folder(folder, expand_by_default=opened):
+                    for name in names:
+                        self.edits[name] = gui.add_slider(name, -3.0, 3.0, 0.1, 0.0)
         self.wipe = (
             gui.add_slider("source | adapted", 0.0, 1.0, 0.01, 0.0) if stage.source else None
         )
