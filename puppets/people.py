@@ -62,6 +62,7 @@ class Config:
 
     ckpt: tuple[str, ...] = ()  # Runs in whose domains the people are looked at.
     count: int = 20  # People who are inverted.
+    tuned: int = 20  # How many of them once more, with tuned weights.
     threads: int = 2  # CPU threads.
 
 
@@ -70,19 +71,15 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     rows = known.setdefault("inversions", {})
-    for tune in (0, TUNED):
-        for seed in range(SEED, SEED + cfg.count):
+    for tune, count in ((0, cfg.count), (TUNED, cfg.tuned)):
+        for seed in range(SEED, SEED + count):
             if (name := f"{seed}, tune {tune}") not in rows:
                 rows[name] = invert_one(seed, tune, cfg)
                 write_text(OUT, json.dumps(known, indent=1) + "\n")
     if "directions" not in known:
         known["directions"] = measure_directions()
         write_text(OUT, json.dumps(known, indent=1) + "\n")
-    for tune in (0, TUNED):
-        some = [row for name, row in rows.items() if name.endswith(f" {tune}")]
-        print(f"tune {tune}: " + summary(some))
-    for name, row in known["directions"].items():
-        print(name, row)
+    print("\n".join(tables(known)))
     if cfg.ckpt:
         draw_figure(cfg)
 
@@ -137,18 +134,29 @@ def is_nearest(ckpt: str, person: Person, seed: int, cfg: Config) -> bool:
     return (seen - true).abs().mean((1, 2, 3)).argmin().item() == seed - SEED
 
 
-def summary(rows: list[dict]) -> str:
-    """Return medians and worst values of inversions as a line."""
-    columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-    parts = [f"{len(rows)} people"]
-    for name, values in columns.items():
-        if name.startswith("right_"):
-            parts.append(f"{name} {values.mean():.0%}")
-        else:
-            parts.append(
-                f"{name} median {np.median(values):.2f}, {values.min():.2f} to {values.max():.2f}"
-            )
-    return "; ".join(parts)
+def tables(known: dict[str, dict]) -> list[str]:
+    """Return what docs/people.md says of the measurements, in Markdown."""
+    lines = ["|  | people | median | worst |", "| --- | --- | --- | --- |"]
+    for tune, how in ((0, "codes alone"), (TUNED, f"with --tune {TUNED}")):
+        rows = [row for name, row in known["inversions"].items() if name.endswith(f" {tune}")]
+        for name, title, worst in (
+            ("psnr", "PSNR of the head [dB]", min),
+            ("pose_deg", "angle of the camera [deg]", max),
+        ):
+            values = [row[name] for row in rows]
+            if values:
+                middle = f"{np.median(values):.2f} | {worst(values):.2f}"
+                lines.append(f"| {title}, {how} | {len(rows)} | {middle} |")
+        for name in [name for name in (rows or [{}])[0] if name.startswith("right_")]:
+            right = sum(row[name] for row in rows)
+            title = f"nearest to their own true picture as {name.removeprefix('right_')}"
+            lines.append(f"| {title}, {how} | {len(rows)} | {right / len(rows):.0%} | |")
+    lines += ["", "| direction | cosine to the known one | its number | most of another |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for name, row in known["directions"].items():
+        numbers = " | ".join(f"{row[x]:.2f}" for x in ("cosine", "change", "worst_other"))
+        lines.append(f"| {name} | {numbers} |")
+    return lines
 
 
 def draw_figure(cfg: Config) -> None:

@@ -1,5 +1,7 @@
 """What inversions and directions are measured against: people and numbers that are known."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,7 +34,19 @@ def test_a_known_direction_changes_its_number_most(number):
     assert change.argmax() == number and change[number] > 1
 
 
-def test_a_summary_has_medians_worst_values_and_shares():
-    rows = [{"pose_deg": float(i), "right_devil": i < 2} for i in range(3)]
-    line = people.summary(rows)
-    assert "pose_deg median 1.00, 0.00 to 2.00" in line and "right_devil 67%" in line
+def test_tables_have_medians_worst_values_and_shares():
+    rows = {
+        f"{i}, tune 0": {"pose_deg": float(i), "psnr": 20.0 + i, "right_devil": i < 2}
+        for i in range(3)
+    }
+    directions = {"hair": {"cosine": 0.5, "change": 1.0, "worst_other": 0.25}}
+    text = "\n".join(people.tables({"inversions": rows, "directions": directions}))
+    assert "| angle of the camera [deg], codes alone | 3 | 1.00 | 2.00 |" in text
+    assert "| PSNR of the head [dB], codes alone | 3 | 21.00 | 20.00 |" in text
+    assert "as devil, codes alone | 3 | 67% | |" in text and "tune 100" not in text
+    assert "| hair | 0.50 | 1.00 | 0.25 |" in text
+
+
+def test_the_page_says_what_was_measured():
+    known = json.loads((REPOSITORY / people.OUT).read_text())
+    assert "\n".join(people.tables(known)) in (REPOSITORY / "docs/people.md").read_text()
