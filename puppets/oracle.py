@@ -139,7 +139,7 @@ def score_run(
         and `kid` if the row has those of other pictures; what `flips` returns, of the run's picture
         or, without one, of this repository's; of a prompt such as "a person with green hair", what
         `compare_edit` returns; where heads are seen from behind, `oracle_faces`, the share of these
-        views that show a face all the same.
+        views that show a face all the same, and the oracle's readings are of `own_views`.
 
     Raises:
         ValueError: the run has changed since eval.py scored it, its generator draws no puppets, its
@@ -168,10 +168,14 @@ def score_run(
         scores |= {name: faces.share(clip, x[behind]) for name, x in pictures.items()}
     if "real" in row:
         scores = {name: score for name, score in scores.items() if name not in ("fid", "kid")}
-    z, c = heads_seen(source.views)
-    known = from_front(c)
-    people = people_read(oracle, adapted.image[known].clamp(-1, 1))
-    scores |= flips(people, z[known], reference_identity(ckpt, settings, oracle))
+    (z, c), seen = heads_seen(source.views), adapted.image
+    if G.cameras.all_round:
+        views = own_views(z, cfg)
+        seen = evaluation.render_all(G, views, 1.0, cfg, "adapted", front=False).image
+        true, _ = draw_truth(z, views.c, domain, hair)
+        scores |= readings(oracle, seen.clamp(-1, 1), true, z, views.c, domain)
+    people = people_read(oracle, seen.clamp(-1, 1))
+    scores |= flips(people, z, reference_identity(ckpt, settings, oracle))
     if hair:
         region = edited_region(truth.image, draw_truth(z, c, domain)[0])
         scores |= compare_edit(adapted.image, source.renders, truth.image, region)
@@ -249,9 +253,14 @@ def heads_seen(views: evaluation.Views) -> tuple[Tensor, Tensor]:
     return views.z, views.c
 
 
-def from_front(c: Tensor) -> Tensor:
-    """Return which views are from where the oracle's pictures were, for labels [N, 25]."""
-    return torch.atan2(c[:, 3], c[:, 11]).abs() < CAMERAS.yaw_range + 0.01  # [N]
+def own_views(z: Tensor, cfg: evaluation.Config) -> evaluation.Views:
+    """Return cameras as in the oracle's pictures for latents [N, 16], uniform over their range.
+
+    Of heads that are seen from all sides: their own cameras look elsewhere, which it would misread.
+    """
+    turns = 2 * torch.rand(len(z), 2, generator=torch.Generator().manual_seed(cfg.seed)) - 1
+    angles = turns * torch.tensor([CAMERAS.yaw_range, CAMERAS.pitch_range])
+    return evaluation.Views(z, angles, CAMERAS.label(*angles.T))
 
 
 def target_domain(ckpt: Path, settings: dict, oracle: Oracle) -> str:
@@ -379,20 +388,27 @@ def compare(
         `oracle_background_l1`, beside it; `oracle_id`, the mean cosine of the
         identity read to the latent's; `oracle_pose_deg`, the mean angle of the camera read to the
         true one; `oracle_domain`, the share read as the domain; and the last three of the true
-        pictures, `true_oracle_...`. These are of views from the front, which the oracle knows.
+        pictures, `true_oracle_...`.
     """
     images = images.clamp(-1, 1)
-    known = from_front(c)
-    adapted, floor = (
-        read(oracle, pictures[known], z[known], c[known], domain) for pictures in (images, truth)
-    )
     difference, head = (images - truth).abs().mean(1, keepdim=True), mask > 0.5
     scores = {
         "oracle_l1": difference.mean().item(),
         "oracle_head_l1": difference[head].mean().item(),
         "oracle_background_l1": difference[~head].mean().item(),
     }
-    scores |= {f"oracle_{name}": value for name, value in adapted.items()}
+    return scores | readings(oracle, images, truth, z, c, domain)
+
+
+def readings(
+    oracle: Oracle, images: Tensor, truth: Tensor, z: Tensor, c: Tensor, domain: str
+) -> dict[str, float]:
+    """Return what `read` does of pictures, `oracle_...`, and of the true ones, `true_oracle_...`.
+
+    Arguments as in `compare`.
+    """
+    adapted, floor = (read(oracle, pictures, z, c, domain) for pictures in (images, truth))
+    scores = {f"oracle_{name}": value for name, value in adapted.items()}
     return scores | {f"true_oracle_{name}": value for name, value in floor.items()}
 
 
