@@ -89,7 +89,7 @@ from harness.devices import pick_device
 from harness.run_folder import locate
 from models.features import ClipFeatures
 from models.generator import Generator
-from subjects import save_directions, seed_to_ws
+from subjects import draw_codes, save_directions, seed_to_ws
 
 CODES = 10_000  # Of which the principal components are taken.
 
@@ -111,18 +111,6 @@ def main(cfg: Config) -> None:
     make_folder(cfg.out.absolute().parent)
     save_directions(directions, cfg.out)
     print(f"{cfg.out} has {', '.join(directions)}")
-
-
-@torch.no_grad()
-def draw_codes(G: Generator, count: int, seed: int) -> Tensor:
-    """Return style codes w [count, w_dim] of random heads, seen from the front."""
-    device = next(iter(G.parameters())).device
-    z = torch.randn(count, G.z_dim, generator=torch.Generator().manual_seed(seed))
-    parts = [
-        G.mapping(part.to(device), G.cameras.frontal(len(part)).to(device))[:, 0]
-        for part in z.split(1000)
-    ]
-    return torch.cat(parts)
 
 
 def from_codes(G: Generator, cfg: Config) -> dict[str, Tensor]:

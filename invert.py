@@ -100,7 +100,7 @@ from models.features import TokenFeatures
 from models.fingerprints import as_bytes, fingerprint_generator
 from models.generator import Generator, Outputs
 from render import sides, views
-from subjects import Person, save_person, show
+from subjects import Person, draw_codes, save_person, seed_to_ws, show
 
 # The probe: a ridge regression on the ViT's tokens, averaged to so many cells a side.
 CELLS, RIDGE = 8, 0.03
@@ -331,17 +331,12 @@ class Search:
 
 def begin(G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg: Config) -> Search:
     """Begin at a reading, or between it and the mean code where that is nearer to the photo."""
-    device = photo.image.device
-    z = torch.randn(CODES, G.z_dim, generator=torch.Generator().manual_seed(cfg.seed)).to(device)
-    with torch.no_grad():
-        front = G.cameras.frontal(1000).to(device)
-        codes = [G.mapping(part, front) for part in z.split(1000)]
-        w = torch.cat([part[:, 0] for part in codes])
+    w = draw_codes(G, CODES, cfg.seed)
     mean = w.mean(0)
     _, spread, axes = torch.linalg.svd((w - mean) / CODES**0.5, full_matrices=False)
     axes = spread[:, None] * axes
     code = torch.linalg.pinv(axes.T, rtol=1e-3) @ (reading.w - mean)
-    layers = torch.zeros(codes[0].shape[1:], device=device)
+    layers = torch.zeros_like(seed_to_ws(G, 0)[0])
     with torch.no_grad():
         tokens = vit.tokens(photo.image)
     own = nn.Parameter(code), nn.Parameter(layers)

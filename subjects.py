@@ -83,6 +83,18 @@ def seed_to_ws(G: Generator, seed: int, trunc: float = 1.0) -> Tensor:
     return G.mapping(z, c, truncation_psi=trunc)
 
 
+@torch.no_grad()
+def draw_codes(G: Generator, count: int, seed: int) -> Tensor:
+    """Return style codes w [count, w_dim] of random heads, seen from the front."""
+    device = next(iter(G.parameters())).device
+    z = torch.randn(count, G.z_dim, generator=torch.Generator().manual_seed(seed))
+    parts = [
+        G.mapping(part.to(device), G.cameras.frontal(len(part)).to(device))[:, 0]
+        for part in z.split(1000)
+    ]
+    return torch.cat(parts)
+
+
 def seed_to_person(G: Generator, seed: int, trunc: float = 1.0) -> Person:
     """Return whom a generator, and all that share its mapping, see in a seed."""
     return Person(f"seed{seed:04d}", seed_to_ws(G, seed, trunc), seed)

@@ -27,7 +27,7 @@ def test_a_file_has_the_words_and_the_widest_directions(tmp_path, capsys):
     directions.main(options(tmp_path))
     found, _ = subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)
     assert found.keys() == {"red", "hair", "pc0", "pc1", "pc2"}
-    w = directions.draw_codes(build_generator(), 3000, seed=7)
+    w = subjects.draw_codes(build_generator(), 3000, seed=7)
     for name, direction in found.items():  # One unit is one standard deviation.
         unit = direction / direction.norm()
         assert (w @ unit).std() == pytest.approx(direction.norm().item(), rel=0.3), name
@@ -61,7 +61,7 @@ class Rater:
 def test_directions_lead_to_what_is_rated_high_and_not_to_what_is_seen_more_clearly():
     G = build_generator()
     cfg = Config(samples=600, components=0)
-    w = directions.draw_codes(G, 600, cfg.seed)
+    w = subjects.draw_codes(G, 600, cfg.seed)
     axes = torch.linalg.svd(w - w.mean(0), full_matrices=False).Vh
     numbers = (w - w.mean(0)) @ axes.T
     # What is meant to be one number of the codes is mostly another, as hair is dark to many a CLIP.
