@@ -3,17 +3,19 @@
 It has no cameras. Pictures, with the code that each of them shows, are drawn in shards; the loss
 compares pixels and their differences, since every code has one true picture. The coarse blocks
 learn first, from small pictures: where things are takes thousands of steps, which cost little
-there.
+there. Last, a discriminator tells pictures that are too smooth (as in pix2pixHD, 1711.11585).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 from files.generators import load_generator, save_generator
@@ -27,8 +29,10 @@ from puppets.fit.pretrain import Config, fit, report, save_sheet, warm_start
 FOLDER = Path("checkpoints/puppets2d")
 SHARDS = 120  # Of 128 pictures each.
 HELD_OUT = 2  # Shards that are never trained on.
-# Size of the pictures [px], steps, pictures in a step, learning rate.
-STAGES = ((32, 5000, 16, 5e-3), (64, 2000, 8, 4e-3), (128, 2200, 8, 3e-3))
+# Size of the pictures [px], steps, pictures in a step, learning rate; the last with DISCERNED.
+STAGES = ((32, 5000, 16, 5e-3), (64, 2000, 8, 4e-3), (128, 2200, 8, 3e-3), (128, 5000, 8, 3e-3))
+# What weighs how much beside the pixels: what the discriminator says, and its layers' features.
+DISCERNED, FEATURES = 0.03, 2.0
 
 
 def build_generator() -> StyleGAN2Generator:
@@ -90,13 +94,52 @@ def picture_loss(image: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tenso
     return losses
 
 
+class Discriminator(nn.Module):
+    """Says of each patch of a picture whether it is a true one (PatchGAN, arXiv:1611.07004)."""
+
+    def __init__(self, widths: tuple[int, ...] = (3, 32, 64, 96)) -> None:
+        """Build a layer of half the size for each width, and the verdict."""
+        super().__init__()
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv2d(a, b, 4, 2, 1)) for a, b in pairwise(widths)
+        )
+        self.verdict = spectral_norm(nn.Conv2d(widths[-1], 1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return each layer's features [B, D, r, r] of pictures [B, 3, R, R]; last, the verdict."""
+        features = []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return [*features, self.verdict(x)]
+
+
+def adversarial_losses(D: Discriminator, image: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return the hinge losses of both sides; the generator's do not reach the discriminator.
+
+    Args:
+        D: The discriminator.
+        image: The generator's pictures, [B, 3, R, R].
+        target: The true ones of the same codes, likewise.
+    """
+    true, false = D(target), D(image.detach())[-1]
+    frozen = {name: p.detach() for name, p in D.named_parameters()}
+    *features, verdict = torch.func.functional_call(D, frozen, image)
+    apart = [(a - b.detach()).abs().mean() for a, b in zip(features, true, strict=False)]
+    return {
+        "discriminator": F.relu(1 - true[-1]).mean() + F.relu(1 + false).mean(),
+        "verdict": -DISCERNED * verdict.mean(),
+        "features": FEATURES * sum(apart) / len(apart),
+    }
+
+
 def train(cfg: Config) -> None:
     """Train on pictures; write the generator and its figures.
 
-    A warm start goes on with the whole pictures.
+    A warm start goes on with the last stage.
     """
     torch.manual_seed(0)
-    G = build_generator()
+    G, D = build_generator(), Discriminator().to(cfg.device)
     warm_start(cfg, G, FOLDER / "generator.safetensors")
     G.to(cfg.device).train().requires_grad_(True)
     for name, p in G.named_parameters():
@@ -109,20 +152,27 @@ def train(cfg: Config) -> None:
     }
     data = pictures(range(SHARDS))
     minutes, blocks = 0.0, G.synthesis.resolutions
-    for size, steps, batch, lr in STAGES[-1:] if cfg.warm_start else STAGES:
+    for stage in STAGES[-1:] if cfg.warm_start else STAGES:
+        size, steps, batch, lr = stage
+        last = stage == STAGES[-1]
         G.synthesis.resolutions = [block for block in blocks if block <= size]
 
-        def terms(step: int, size: int = size, batch: int = batch) -> dict[str, Tensor]:
+        def terms(
+            step: int, size: int = size, batch: int = batch, last: bool = last
+        ) -> dict[str, Tensor]:
             rows = torch.randint(len(data["z"]), (batch,)).numpy()
             target = F.adaptive_avg_pool2d(to_images(data["rgb"][rows]), size)
             mask = torch.from_numpy(data["mask"][rows, None]).float() / 255
             ws = G.mapping(torch.from_numpy(data["z"][rows]).to(cfg.device), None)
             image = G.synthesis(ws, noise_mode="none")["image"]
             mask = F.adaptive_avg_pool2d(mask, size)
-            return picture_loss(image, target.to(cfg.device), mask.to(cfg.device))
+            target = target.to(cfg.device)
+            losses = picture_loss(image, target, mask.to(cfg.device))
+            return losses | (adversarial_losses(D, image, target) if last else {})
 
-        name = "generator2d" if size == blocks[-1] else f"generator2d-{size}"
-        minutes += fit(name, groups, terms, cfg, steps=steps, lr=lr)
+        name = "generator2d" if last else f"generator2d-{size}"
+        learnt = {**groups, 0.1: list(D.parameters())} if last else groups
+        minutes += fit(name, learnt, terms, cfg, steps=steps, lr=lr)
     G = G.cpu().eval()
     with torch.no_grad():  # w_avg, which truncation pulls towards.
         ws = G.mapping(torch.randn(10_000, FLAT_Z_DIM), None)
