@@ -111,7 +111,7 @@ ALIGNED, STILL, LOOKS = (0.15, 0.06, 0.06), 0.03, 5
 CODES = 4000  # Of which the mean and the spread of w are taken.
 # Steps and rates.
 IN_W = 0.4  # Share of the steps in which all layers have one code.
-CODE_RATE, LAYER_RATE, TUNE_RATE = 0.08, 0.02, 1e-3
+CODE_RATE, LAYER_RATE, TUNE_RATE = 0.08, 0.02, 2e-3
 CAMERA_EVERY, CAMERA_UNTIL, TURN, MOST_TURN = 4, 0.8, 0.02, 0.1  # Steps; a share; [rad].
 STARTS, TRIAL = (0.0, -0.15, 0.15), 10  # Pitches beside the probe's [rad], and steps from each.
 # Weights of the losses beside the distance of the pictures.
