@@ -444,6 +444,32 @@ def structure_loss(tokens: Tensor, tokens_src: Tensor) -> Tensor:
     return (cosines - cosines_src).square().mean((1, 2))
 
 
+def variation_loss(planes: Tensor, scales: int = 4) -> Tensor:
+    """Multi-scale total variation (DiffusionGAN3D, arXiv:2312.16837, L_mstv).
+
+    Mean squares of the differences between neighbours, of the planes and of their averages over
+    2 x 2, 4 x 4, ... cells. The formula is ours: the paper names the loss alone.
+
+    Args:
+        planes: Those of one head, [B, 3, C, P, P], or tri-grids [B, 3, C, D, P, P].
+        scales: The planes' own size is the first.
+    """
+    part = planes.flatten(1, -3)  # [B, channels, P, P]
+    total = part.new_zeros(len(part))
+    for _ in range(scales):
+        for dim in (2, 3):
+            total = total + part.diff(dim=dim).square().flatten(1).mean(1)
+        if part.shape[-1] < 4:
+            break
+        part = F.avg_pool2d(part, 2)
+    return total
+
+
+def opacity_loss(mask: Tensor) -> Tensor:
+    """How foggy a picture is: the mean of 4 a (1 - a), 0 where all is either there or not."""
+    return (4 * mask * (1 - mask)).flatten(1).mean(1)
+
+
 def coarse_to_fine(
     progress: float, first: Sequence[float] = (3, 2, 1), last: Sequence[float] = (1, 2, 3)
 ) -> tuple[float, ...]:

@@ -53,7 +53,12 @@ def draw_samples(
     if "planes" not in G.gives:
         return G.synthesis(ws, c, rays=rays, force_fp32=force_fp32)
     planes = G.planes(ws, force_fp32=force_fp32)
-    return {"planes": planes} | G.synthesis(ws, c, planes=planes, rays=rays, force_fp32=force_fp32)
+    own = {"own_planes": G.own_planes.expand_as(planes)} if "own_planes" in G.gives else {}
+    return (
+        own
+        | {"planes": planes}
+        | G.synthesis(ws, c, planes=planes, rays=rays, force_fp32=force_fp32)
+    )
 
 
 def draw_heads(cfg: Config, G: Generator) -> tuple[Tensor, Tensor]:

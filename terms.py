@@ -28,6 +28,7 @@ from losses import (
     fusion_sds_loss,
     hsc_loss,
     keep_loss,
+    opacity_loss,
     perceptual_loss,
     relative_distance_loss,
     score_direction_loss,
@@ -35,6 +36,7 @@ from losses import (
     source_noise,
     structure_loss,
     target_loss,
+    variation_loss,
 )
 from models.generator import Generator, Outputs
 
@@ -73,6 +75,8 @@ VIEWS = {
     "image": View("image", lambda guides, x: x),
     "pixels": View("image", lambda guides, x: shrink(x, guides.prior.image_size)),
     "planes": View("planes", lambda guides, x: x),
+    "own planes": View("own_planes", lambda guides, x: x),
+    "mask": View("mask", lambda guides, x: x),
     "features": View("features", lambda guides, x: F.adaptive_avg_pool2d(x, FEATURE_CELLS)),
     "latents": View("image", lambda guides, x: guides.encode(x), summed=True),
     # StyleGAN-Fusion clamps its images.
@@ -263,6 +267,16 @@ def feature_structure(features: Tensor, now: Moment) -> Tensor:
     return structure_loss(features.movedim(1, -1), features_src.movedim(1, -1))
 
 
+def variation(planes: Tensor, now: Moment) -> Tensor:
+    """Total variation of the planes that one head has of its own."""
+    return variation_loss(planes)
+
+
+def opacity(mask: Tensor, now: Moment) -> Tensor:
+    """Fog, which is neither there nor not."""
+    return opacity_loss(mask)
+
+
 # Every term by its name in the log and in --weights (config.Weights says what they are).
 TERMS = {
     "dsds": Term("latents", dsds, frozenset({"prior"})),
@@ -280,6 +294,8 @@ TERMS = {
     "target": Term("clip tokens", target),
     "structure": Term("clip tokens", structure),
     "feature_structure": Term("features", feature_structure),
+    "variation": Term("own planes", variation),
+    "opacity": Term("mask", opacity),
 }
 
 
@@ -361,7 +377,7 @@ def check_generator(cfg: Config, G: Generator) -> None:
             f"{cfg.generator} has superresolution_noise_mode random, which neither --micro-batch "
             "nor several processes can share out"
         )
-    known = {"image", "image_depth", "mask", "features", "planes"}
+    known = {"image", "image_depth", "mask", "features", "planes", "own_planes"}
     if missing := needed(cfg) & known - G.gives:
         raise ValueError(
             f"{cfg.generator} gives no {', '.join(sorted(missing))}, which --weights "

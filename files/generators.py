@@ -125,6 +125,8 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> Generator:
         raise ValueError(f"img_channels must be 3, got {G.img_channels}")
     if settings:
         _settle_renderer(G, header)
+        if "own_ws" in tensors:
+            G.keep_one_head(torch.zeros(1, G.backbone.num_ws, G.w_dim, device="meta"))
     if "dataset_label_std" in G.state_dict():  # Which only training adds.
         tensors.setdefault("dataset_label_std", torch.ones(LABEL_SIZE))
     _check_finite(tensors)

@@ -46,6 +46,7 @@ EXTRAS = {
 EXTRA_SIZES = ("plane_resolution", "plane_channels", "decoder_hidden", "feature_channels")
 SIZES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
 DICTS = ("mapping_kwargs", "rendering_kwargs", "sr_kwargs")
+OWN_GAIN = 5.0  # Of planes of one's own: they learn so much faster than weights at the same rate.
 MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
 
 
@@ -127,7 +128,8 @@ class TriPlaneGenerator(nn.Module):
         self.neural_rendering_resolution = 64
         self.rendering_kwargs = copy.deepcopy(rendering_kwargs or {})
         self.plane_axes = torch.tensor(PLANE_AXES)
-        self.plane_slices = plane_slices
+        slices = (plane_slices,) if plane_slices else ()
+        self.plane_shape = (3, plane_channels, *slices, plane_resolution, plane_resolution)
         RayOptions.from_kwargs(self.rendering_kwargs)
         self.register_buffer("dataset_label_std", torch.ones(c_dim))
 
@@ -161,6 +163,9 @@ class TriPlaneGenerator(nn.Module):
         self.decoder = Decoder(
             plane_channels, decoder_hidden, feature_channels, lr_mul, decoder_activation
         )
+        # Of a generator of one head; see `keep_one_head`.
+        self.register_buffer("own_ws", None)
+        self.register_parameter("own_planes", None)
 
     @property
     def cameras(self) -> CameraSetup:
@@ -180,6 +185,19 @@ class TriPlaneGenerator(nn.Module):
             pitch_range=kwargs.get("camera_pitch_range", faces.pitch_range),
             distribution=kwargs.get("camera_distribution", faces.distribution),
         )
+
+    def keep_one_head(self, ws: Tensor) -> None:
+        """Show one head from now on, whatever is asked for, and let planes of its own be learnt.
+
+        They are zero at first, and added to those of ws (T_l of DiffusionGAN3D, arXiv:2312.16837).
+
+        Args:
+            ws: The head's style codes, [1, num_ws, w_dim].
+        """
+        self.own_ws = ws
+        zeros = torch.zeros(1, *self.plane_shape, device=ws.device)
+        self.own_planes = nn.Parameter(zeros, requires_grad=False)
+        self.z_dim, self.gives = 0, type(self).gives | {"own_planes"}
 
     @property
     def layers(self) -> list[tuple[str, ...]]:
@@ -201,6 +219,8 @@ class TriPlaneGenerator(nn.Module):
         The label is scaled by rendering_kwargs["c_scale"] (default 0, as in EG3D) and zeroed with
         rendering_kwargs["c_gen_conditioning_zero"].
         """
+        if self.own_ws is not None:
+            return self.own_ws.expand(len(z), -1, -1)
         kwargs = self.rendering_kwargs
         if kwargs.get("c_gen_conditioning_zero", False):
             c = torch.zeros_like(c)
@@ -211,8 +231,9 @@ class TriPlaneGenerator(nn.Module):
         self, ws: Tensor, noise_mode: NoiseMode = "const", force_fp32: bool = False
     ) -> Tensor:
         """Return the tri-planes [B, 3, C, P, P] of ws, or its tri-grids [B, 3, C, D, P, P]."""
-        slices = (self.plane_slices,) if self.plane_slices else ()
-        return self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, (3, -1, *slices))
+        shape = self.plane_shape[:-2]
+        planes = self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, shape)
+        return planes if self.own_planes is None else planes + OWN_GAIN * self.own_planes
 
     def synthesis(
         self,

@@ -34,9 +34,9 @@ class Generator(Protocol):
     """A pretrained generator; a new base is a class with these.
 
     Attributes:
-        z_dim: Width of the latent code.
-        gives: Which of "image", "image_depth", "mask", "features" and "planes" its outputs hold.
-            A term that needs another is refused for it.
+        z_dim: Width of the latent code; 0 if there is one head alone.
+        gives: Which of "image", "image_depth", "mask", "features", "planes" and, if it shows one
+            head alone, "own_planes" its outputs hold. A term that needs another is refused for it.
         img_resolution: Height and width of its images, R.
     """
 
@@ -44,6 +44,7 @@ class Generator(Protocol):
     img_resolution: int
     img_channels: int
     gives: frozenset[str]
+    own_planes: Tensor | None  # Planes that one head alone has, [1, 3, C, P, P].
     init_kwargs: dict[str, Any]
     rendering_kwargs: dict[str, Any]
 

@@ -317,6 +317,7 @@ class StyleGAN2Generator(Generator):
 
     synthesis_class = ImageSynthesis
     gives = frozenset({"image"})
+    own_planes = None
 
     def __init__(
         self,
