@@ -195,23 +195,22 @@ def to_glb(mesh: Mesh) -> bytes:
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     body = Trimesh(mesh.vertices, mesh.triangles, process=False)
     body.vertex_attributes["colors"] = np.pad(linear, ((0, 0), (0, 1)), constant_values=1)
-    return body.export(file_type="glb", include_normals=False, tree_postprocessor=_settle_tree)
+    return body.export(file_type="glb", include_normals=False, tree_postprocessor=settle_tree)
 
 
-def _settle_tree(tree: dict) -> None:
-    """Name the colours as glTF does, where trimesh has an application's own name, and show them.
+def settle_tree(tree: dict) -> None:
+    """Have a glTF's colours shown as they are, and name them as glTF does.
 
-    They hold the light that the generator painted, so viewers shall add none.
+    They hold the light that the generator painted, so viewers shall add none. trimesh gives colours
+    of vertices an application's own name.
     """
-    tree["materials"] = [
-        {
-            "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-            "extensions": {"KHR_materials_unlit": {}},
-        }
-    ]
+    plain = {"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}
+    (material,) = tree.setdefault("materials", [plain])
+    material["extensions"] = {"KHR_materials_unlit": {}}
     tree["extensionsUsed"] = ["KHR_materials_unlit"]
     (part,) = tree["meshes"][0]["primitives"]
-    part["attributes"]["COLOR_0"] = part["attributes"].pop("_colors")
+    if "_colors" in part["attributes"]:
+        part["attributes"]["COLOR_0"] = part["attributes"].pop("_colors")
     part["material"] = 0
     for number in part["attributes"].values():
         tree["bufferViews"][tree["accessors"][number]["bufferView"]]["target"] = ARRAY_BUFFER
