@@ -21,7 +21,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +37,7 @@ PACKAGES = {  # What meshes and their textures need, by what it is imported and 
     "trimesh": "trimesh",
     "fast_simplification": "fast-simplification",
 }
-OWN = {"variation": 10.0, "opacity": 0.1}  # Weights of what only one head's own planes need.
+OWN = {"variation": 300.0, "opacity": 0.1}  # Weights of what only one head's own planes need.
 SHARE = 0.46  # Of the steps of a whole generator.
 POOL, REUSE = 12, 5  # Painted batches, and how often each is used before others come.
 
@@ -78,7 +78,11 @@ def parse(argv: Sequence[str]) -> Config:
     }
     if read.ckpt and Path(read.ckpt).is_dir() and not (given["prompt"] or given["image"]):
         given |= told(Path(read.ckpt))
-    cfg = parse_options(Config, argv, __doc__, Config(settle(**given)))
+    usual = settle(**given)
+    if read.ckpt:  # Its own folder, which the words would name too, stays as it is.
+        name = f"{Path(read.ckpt).resolve().stem}-seed{read.run.seed:04d}"
+        usual = replace(usual, out=Path("runs", name))
+    cfg = parse_options(Config, argv, __doc__, Config(usual))
     check(cfg)
     return cfg
 
@@ -151,10 +155,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train
-from files.generators import load_generator, save_generator
+from files.generators import AVATAR, load_generator, save_generator
 from guides import Guides
 from harness.devices import flush_denormals, keep_freed_memory, pick_device
-from harness.pictures import image_grid, save_image, to_image
+from harness.pictures import image_grid, save_image, save_pictures, to_image
 from harness.run_folder import claim_run, locate, sole_writer
 from harness.store import write_bytes
 from harness.video import ending, hint, save_video
@@ -167,10 +171,11 @@ from terms import load_guides
 
 TEMPLATES = ("{}", "a photo of {}", "a portrait of {}")
 TURNS = (0.0, 0.7)  # Yaws at which heads are compared with the prompt [rad].
-SHORTLIST = 4  # One of so many heads stays for the prior, after CLIP.
+SHORTLIST = 2  # One of so many heads stays for the prior, after CLIP.
 TIMES, LEVELS = 6, (0.3, 0.9)  # Noise levels at which the prior is asked, as fractions.
-# The way from the best code on.
-WAY, RATE, PULL = 12, 0.02, 0.5  # Steps; rate in deviations of w; weight of the way back to w_avg.
+SHOWN = 8  # Heads in search.png.
+# The way from the best code on: steps; rate, in deviations of w; weight of being a typical head.
+WAY, RATE, TYPICAL, CODES = 12, 0.02, 0.005, 1000
 
 
 def main(cfg: Config) -> None:
@@ -189,9 +194,10 @@ def main(cfg: Config) -> None:
     keep_freed_memory()
     run, device = cfg.run, pick_device(cfg.run.device)
     with sole_writer(run.out):
-        own = {name: value for name, value in asdict(cfg).items() if name != "run"}
-        settings = config.settings(run) | {"avatar": {k: str(v) for k, v in own.items()}}
+        head = {name: str(getattr(cfg, name) or "") for name in ("ckpt", "latents", "search")}
+        settings = config.settings(run) | {"avatar": head}  # Its mesh may be made anew.
         claim_run(run.out, settings, config.usual_settings(run))
+        save_pictures(config.references(run), run.out / "reference.png")
         found, made = adapt(cfg, device) if not cfg.ckpt else (None, take(cfg, device))
         head = texture_head(
             made, cfg.views, cfg.voxels, cfg.faces, cfg.texture or 4 * made.G.img_resolution
@@ -221,7 +227,7 @@ def adapt(cfg: Config, device: torch.device) -> tuple[Subject, Subject]:
     fit = replace(run, generator=str(start), out=run.out / "fit")
     train.main(fit)
     before, after = load_generator(start, device), load_generator(fit.out, device)
-    save_generator(after, run.out / "avatar.safetensors")
+    save_generator(after, run.out / AVATAR)
     return seed_to_subject(before, 0), seed_to_subject(after, 0)
 
 
@@ -230,8 +236,9 @@ def take(cfg: Config, device: torch.device) -> Subject:
     G = load_generator(cfg.ckpt, device)
     if "planes" not in G.gives:
         raise ValueError(f"--ckpt {cfg.ckpt} makes pictures without a shape")
-    G.keep_one_head(seed_to_ws(G, cfg.run.seed, cfg.run.trunc))
-    save_generator(G, cfg.run.out / "avatar.safetensors")
+    if G.z_dim:  # Else it is one head already.
+        G.keep_one_head(seed_to_ws(G, cfg.run.seed, cfg.run.trunc))
+    save_generator(G, cfg.run.out / AVATAR)
     return seed_to_subject(G, 0)
 
 
@@ -249,39 +256,33 @@ def load_painter(run: config.Config, G: Generator, device: torch.device) -> Guid
 def search(cfg: Config, G: Generator, device: torch.device) -> Tensor:
     """Return the code [1, num_ws, w_dim] of the head that fits best, and draw the best ones.
 
-    CLIP ranks heads seen from the front and from the side, for several wordings. Of the best
-    quarter the prior tells which it explains better with the prompt's words than without them.
+    CLIP ranks heads seen from the front and from the side, for several wordings. Of the better
+    half the prior tells which it explains better with the prompt's words than without them.
     Then the best code is moved along CLIP's gradient, as long as the prior agrees.
     """
     guides = load_painter(cfg.run, G, device)
     layers = seed_to_ws(G, 0).shape[1]
     codes = draw_codes(G, cfg.search, cfg.run.seed)[:, None].expand(-1, layers, -1)
     turns = torch.tensor(TURNS)
-    c = G.cameras.label(turns, torch.zeros_like(turns)).to(device)  # [2, 25]
+    c = G.cameras.label(turns, torch.zeros_like(turns)).to(device)  # [K, 25]
     with torch.no_grad():
         bar = tqdm(codes.split(1), desc="search", unit="head")
-        pictures = torch.cat([see(G, ws, c) for ws in bar])  # [N * 2, 3, R, R]
-    target = wordings(guides)
-    fits = clip_scores(guides, pictures, target)
-    kept = fits.argsort(descending=True)[: max(2, -(-len(codes) // SHORTLIST))]
+        pictures = [see(G, ws, c).cpu() for ws in bar]  # [K, 3, R, R] each.
+        target = wordings(guides)
+        fits = [clip_fit(guides, images.to(device), target).item() for images in pictures]
+    best = sorted(range(len(fits)), key=lambda i: fits[i], reverse=True)
     if cfg.run.prompt:
-        images = pictures.unflatten(0, (-1, len(c)))[kept.cpu()]
-        explained = prior_scores(guides, images.flatten(0, 1), c)
-        order = explained.argsort(descending=True)
-    else:
-        explained, order = fits[kept], torch.arange(len(kept))
-    best = kept[order[:8]]
-    save_image(
-        image_grid([pictures[len(c) * best.cpu()], pictures[len(c) * best.cpu() + 1]]),
-        cfg.run.out / "search.png",
-    )
-    ws = codes[best[:1]].clone()
-    moved = climb(G, guides, ws, c, target, codes)
-    if cfg.run.prompt:
-        with torch.no_grad():
-            if prior_scores(guides, see(G, moved, c), c) < explained[order[0]]:
-                return ws
-    return moved
+        best = best[: -(-len(best) // SHORTLIST)]
+        for i in tqdm(best, desc="ask the prior", unit="head"):
+            fits[i] = explained(guides, pictures[i].to(device), c)
+        best.sort(key=lambda i: fits[i], reverse=True)
+    ws = codes[best[:1]]
+    moved = climb(G, guides, ws, c, target)
+    if cfg.run.prompt and explained(guides, see(G, moved, c).detach(), c) < fits[best[0]]:
+        moved = ws
+    rows = torch.stack([pictures[i] for i in best[:SHOWN]], dim=1)  # [K, N, 3, R, R]
+    save_image(image_grid(list(rows)), cfg.run.out / "search.png")
+    return moved.clone()
 
 
 def see(G: Generator, ws: Tensor, c: Tensor) -> Tensor:
@@ -310,56 +311,45 @@ def wordings(guides: Guides) -> Tensor:
     return F.normalize(guides.clip.text(words).mean(0, keepdim=True))
 
 
-def clip_scores(guides: Guides, pictures: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cosine of each head's views [N * K, 3, R, R] to the target, [N]."""
-    embeds = torch.cat([guides.clip.images(part) for part in pictures.split(16)])
-    return (embeds @ target.T).view(-1, len(TURNS)).mean(1)
+def clip_fit(guides: Guides, images: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cosine of a head's views [K, 3, R, R] to the target, []."""
+    return (guides.clip.images(images) @ target.T).mean()
 
 
 @torch.no_grad()
-def prior_scores(guides: Guides, pictures: Tensor, c: Tensor) -> Tensor:
-    """Return how much better the prior explains heads [N * K, 3, R, R] by the prompt's words, [N].
+def explained(guides: Guides, images: Tensor, c: Tensor) -> float:
+    """Return how much better the prior explains a head by the prompt's words than without them.
 
-    See `noise_error`. Cameras c are [K, 25].
+    Args:
+        guides: The prior; see `noise_error`.
+        images: Views of the head, [K, 3, R, R].
+        c: Their cameras, [K, 25].
     """
     cfg, prior = guides.cfg, guides.prior
-    size = (prior.image_size,) * 2
-    resized = F.interpolate(pictures, size, mode="bilinear", antialias=True).clamp(-1, 1)
-    latents = torch.cat([prior.encode_images(part) for part in resized.split(8)])
+    latents = guides.encode(images.clamp(-1, 1))
     generator = torch.Generator().manual_seed(cfg.seed)
     noise = torch.randn(TIMES, *prior.latent_shape, generator=generator).to(latents)
-    times = torch.linspace(*LEVELS, TIMES) * (len(prior.alphas_cumprod) - 1)
-    views = c.repeat(len(latents) // len(c), 1)
+    times = (torch.linspace(*LEVELS, TIMES) * (len(prior.alphas_cumprod) - 1)).long()
     errors = []
     for prompt in (cfg.source_prompt, said_of_source(cfg.prompt, cfg.source_prompt)):
         told = replace(cfg, prompt=prompt, image=(), depth_scale=0.0)
-        asked = Guides(told, guides.G_src, guides.clip, prior)
-        errors.append(
-            torch.cat(
-                [
-                    noise_error(
-                        prior, x, asked.condition_of({"c": view}), times.long().to(x.device), noise
-                    )
-                    for x, view in zip(latents.split(16), views.split(16), strict=True)
-                ]
-            )
-        )
-    return (errors[0] - errors[1]).view(-1, len(c)).mean(1)
+        condition = Guides(told, guides.G_src, guides.clip, prior).condition_of({"c": c})
+        errors.append(noise_error(prior, latents, condition, times.to(c.device), noise).mean())
+    return (errors[0] - errors[1]).item()
 
 
-def climb(
-    G: Generator, guides: Guides, ws: Tensor, c: Tensor, target: Tensor, codes: Tensor
-) -> Tensor:
+def climb(G: Generator, guides: Guides, ws: Tensor, c: Tensor, target: Tensor) -> Tensor:
     """Move a code [1, num_ws, w_dim] a little along CLIP's gradient, held to the mean code."""
-    mean, deviation = codes.mean(0, keepdim=True), codes.std(0).mean()
+    codes = draw_codes(G, CODES, 0)
+    mean, deviation = codes.mean(0), codes.std(0).mean()
     change = torch.zeros_like(ws[:, :1], requires_grad=True)  # The same for all layers.
     adam = torch.optim.Adam([change], lr=RATE)
     for _ in tqdm(range(WAY), desc="climb", unit="step"):
         moved = ws + deviation * change
-        fits = clip_scores(guides, see(G, moved, c), target).mean()
-        far = ((moved - mean) / deviation).square().mean()
+        typical = ((moved - mean) / deviation).square().mean()
+        loss = TYPICAL * typical - clip_fit(guides, see(G, moved, c), target)
         adam.zero_grad()
-        (PULL * 1e-2 * far - fits).backward()
+        loss.backward()
         adam.step()
     return (ws + deviation * change).detach()
 

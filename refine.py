@@ -29,7 +29,6 @@ PITCH = -0.1  # Of the views [rad].
 LARGER = 2  # Meshes are drawn so many times as large as pictures, then averaged.
 SEEN = 0.77  # A texel seen at this cosine is refined: nothing more is painted there.
 UNSEEN = 0.05  # Weight of a refined view below which a texel keeps the generator's colour.
-STEPS = 6  # Of DDIM, up and down.
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def paint_over(
         guides.condition_of(source),
         strength.to(device),
         level,
-        STEPS,
+        guides.cfg.targets.steps,
         guides.cfg.guidance,
         depth,
     )

@@ -290,7 +290,10 @@ def main(cfg: Config) -> None:
     networks = load_networks(cfg)
     G = networks[-1]
     sides(G)  # Before anything is written, since it refuses what cannot be seen.
-    people = [seed_to_person(G, seed, cfg.trunc) for seed in parse_seeds(cfg)]
+    seeds = parse_seeds(cfg)
+    if not G.z_dim:
+        seeds = seeds[:1]  # All show the one head that there is.
+    people = [seed_to_person(G, seed, cfg.trunc) for seed in seeds]
     people += [load_person(path, G) for path in cfg.latents]
     if cfg.edit:
         people = edit(people, cfg.directions, parse_edits(cfg.edit))

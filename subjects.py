@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files.generators import load_generator, sort_header
+from files.generators import AVATAR, load_generator, sort_header
 from harness.run_folder import locate, read_settings
 from harness.store import write_bytes
 from models.fingerprints import fingerprint_generator
@@ -85,7 +85,13 @@ def seed_to_ws(G: Generator, seed: int, trunc: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def draw_codes(G: Generator, count: int, seed: int) -> Tensor:
-    """Return style codes w [count, w_dim] of random heads, seen from the front."""
+    """Return style codes w [count, w_dim] of random heads, seen from the front.
+
+    Raises:
+        ValueError: the generator shows one head alone.
+    """
+    if not G.z_dim:
+        raise ValueError("this generator shows one head alone: there are no others to draw")
     device = next(iter(G.parameters())).device
     z = torch.randn(count, G.z_dim, generator=torch.Generator().manual_seed(seed))
     parts = [
@@ -147,7 +153,8 @@ def load_run(
     """Load what a run made and started from.
 
     Args:
-        ckpt: Run folder, or a generator file, which has no source and no settings.
+        ckpt: Run folder, or a generator file or a folder of avatar.py, which have no source and no
+            settings.
 
     Returns:
         The adapted generator; the source generator, None for a file, and with a warning where it
@@ -157,7 +164,7 @@ def load_run(
         ValueError: see `load_generator`; or config.json cannot be read.
     """
     G = load_generator(ckpt, device)
-    if not Path(ckpt).is_dir():
+    if not Path(ckpt).is_dir() or (Path(ckpt) / AVATAR).is_file():
         return G, None, {}
     settings = read_settings(Path(ckpt))
     try:

@@ -45,6 +45,7 @@ FILE_ERRORS = (
     TypeError,
     ValueError,
 )
+AVATAR = "avatar.safetensors"  # In a folder of avatar.py: a generator of one head.
 MAX_RENDER = 4096  # Pixels before super-resolution; a guard against files.
 
 
@@ -107,6 +108,8 @@ def _find_generator(source: str | Path) -> Path:
         return source
     if not source.is_dir():
         raise ValueError(f"{source} is neither a file nor a folder")  # Pipes would be waited for.
+    if (source / AVATAR).is_file():
+        return source / AVATAR
     for name in ("config.json", "generator.safetensors"):
         if not (source / name).is_file():
             raise ValueError(f"{source}: a folder without {name} is no run to load from")
@@ -126,7 +129,8 @@ def _build_generator(header: dict, tensors: dict[str, Tensor]) -> Generator:
     if settings:
         _settle_renderer(G, header)
         if "own_ws" in tensors:
-            G.keep_one_head(torch.zeros(1, G.backbone.num_ws, G.w_dim, device="meta"))
+            with torch.device("meta"):
+                G.keep_one_head(torch.zeros(1, G.backbone.num_ws, G.w_dim), torch.zeros(()))
     if "dataset_label_std" in G.state_dict():  # Which only training adds.
         tensors.setdefault("dataset_label_std", torch.ones(LABEL_SIZE))
     _check_finite(tensors)

@@ -46,7 +46,7 @@ EXTRAS = {
 EXTRA_SIZES = ("plane_resolution", "plane_channels", "decoder_hidden", "feature_channels")
 SIZES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "channel_base", "channel_max")
 DICTS = ("mapping_kwargs", "rendering_kwargs", "sr_kwargs")
-OWN_GAIN = 5.0  # Of planes of one's own: they learn so much faster than weights at the same rate.
+OWN_GAIN = 10.0  # Deviations of a head's planes that planes of its own learn in units of.
 MASK_SOFTNESS = 0.02  # Depth over which the foreground mask fades out at `foreground_depth`.
 
 
@@ -165,6 +165,7 @@ class TriPlaneGenerator(nn.Module):
         )
         # Of a generator of one head; see `keep_one_head`.
         self.register_buffer("own_ws", None)
+        self.register_buffer("own_gain", None)
         self.register_parameter("own_planes", None)
 
     @property
@@ -186,15 +187,19 @@ class TriPlaneGenerator(nn.Module):
             distribution=kwargs.get("camera_distribution", faces.distribution),
         )
 
-    def keep_one_head(self, ws: Tensor) -> None:
+    @torch.no_grad()
+    def keep_one_head(self, ws: Tensor, gain: Tensor | None = None) -> None:
         """Show one head from now on, whatever is asked for, and let planes of its own be learnt.
 
-        They are zero at first, and added to those of ws (T_l of DiffusionGAN3D, arXiv:2312.16837).
+        They are zero at first, and added to those of ws (T_l of DiffusionGAN3D, arXiv:2312.16837),
+        times a factor with which they learn as fast as weights do.
 
         Args:
             ws: The head's style codes, [1, num_ws, w_dim].
+            gain: That factor, []; None: OWN_GAIN deviations of the head's planes.
         """
         self.own_ws = ws
+        self.own_gain = OWN_GAIN * self.planes(ws).std() if gain is None else gain
         zeros = torch.zeros(1, *self.plane_shape, device=ws.device)
         self.own_planes = nn.Parameter(zeros, requires_grad=False)
         self.z_dim, self.gives = 0, type(self).gives | {"own_planes"}
@@ -233,7 +238,7 @@ class TriPlaneGenerator(nn.Module):
         """Return the tri-planes [B, 3, C, P, P] of ws, or its tri-grids [B, 3, C, D, P, P]."""
         shape = self.plane_shape[:-2]
         planes = self.backbone.synthesis(ws, noise_mode, force_fp32).unflatten(1, shape)
-        return planes if self.own_planes is None else planes + OWN_GAIN * self.own_planes
+        return planes if self.own_planes is None else planes + self.own_gain * self.own_planes
 
     def synthesis(
         self,
