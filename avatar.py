@@ -11,7 +11,8 @@ are there). Last, a mesh gets a texture, which the prior paints over view by vie
 head of a run such a mesh.
 Writes avatar.safetensors, a generator of this head alone, for render.py and view.py as --ckpt;
 avatar.glb, the mesh; avatar.mp4, in which it turns; avatar.png: the head as found, adapted,
-and its mesh, from all sides; search.png, the best heads; and fit, a run folder. The same command
+and its mesh, from all sides; search.png, the best heads; reference.png, if a picture was given; and
+fit, a run folder. The same command
 resumes what was stopped.
 """
 
@@ -30,6 +31,7 @@ import tyro
 import config
 from harness.cli import exit_codes, merge_repeats, parse_options
 from harness.run_folder import check_source, read_settings
+from harness.video import MOST_FRAMES, ending, hint, save_video
 
 PACKAGES = {  # What meshes and their textures need, by what it is imported and installed as.
     "xatlas": "xatlas",
@@ -41,15 +43,15 @@ OWN = {"variation": 300.0, "opacity": 0.1}  # Weights of what only one head's ow
 SHARE = 0.46  # Of the steps of a whole generator.
 POOL, REUSE = 12, 5  # Painted batches, and how often each is used before others come.
 
+Training = Annotated[config.Config, tyro.conf.arg(name="")]  # Its options have no prefix.
+
 
 @dataclass
 class Config:
     """Options of avatar.py: train.py's, and these."""
 
-    run: Annotated[config.Config, tyro.conf.arg(name="")]
-    ckpt: str = (
-        ""  # In place of --prompt: a run or generator, of which the head of --seed is taken.
-    )
+    run: Training
+    ckpt: str = ""  # Run or generator of which the head of --seed is taken, in place of a new one.
     latents: Path | None = None  # A person that invert.py found, in place of the search.
     search: int = 96  # Heads that are looked through; 0: the head of --seed is taken.
     refine: bool = True  # Whether the prior paints over the texture.
@@ -60,8 +62,13 @@ class Config:
     texture: int = 0  # Side of the texture, texels; 0: four times that of the generator's pictures.
     frames: int = 90  # Of the video.
 
+    def __post_init__(self) -> None:
+        """Replace the ~ of paths."""
+        self.ckpt = os.path.expanduser(self.ckpt)
+        self.latents = self.latents and self.latents.expanduser()
 
-def parse(argv: Sequence[str]) -> Config:
+
+def parse(argv: Sequence[str], description: str | None) -> Config:
     """Read the options of a command line, and refuse what cannot work.
 
     As in `config.parse`, base and method are read first: they set the defaults of all others.
@@ -82,7 +89,7 @@ def parse(argv: Sequence[str]) -> Config:
     if read.ckpt:  # Its own folder, which the words would name too, stays as it is.
         name = f"{Path(read.ckpt).resolve().stem}-seed{read.run.seed:04d}"
         usual = replace(usual, out=Path("runs", name))
-    cfg = parse_options(Config, argv, __doc__, Config(usual))
+    cfg = parse_options(Config, argv, description, Config(usual))
     check(cfg)
     return cfg
 
@@ -132,7 +139,7 @@ def check(cfg: Config) -> None:
         ("--voxels", cfg.voxels, 16, 512),
         ("--faces", cfg.faces, 100, 1_000_000),
         ("--texture", cfg.texture, 0, 8192),
-        ("--frames", cfg.frames, 2, 3600),
+        ("--frames", cfg.frames, 2, MOST_FRAMES[ending()]),
     ):
         if not low <= value <= high:
             raise ValueError(f"{flag} must be {low} to {high}, got {value}")
@@ -147,7 +154,7 @@ def check(cfg: Config) -> None:
 
 if __name__ == "__main__":
     with exit_codes():
-        CFG = parse(sys.argv[1:])
+        CFG = parse(sys.argv[1:], __doc__)
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +168,6 @@ from harness.devices import flush_denormals, keep_freed_memory, pick_device
 from harness.pictures import image_grid, save_image, save_pictures, to_image
 from harness.run_folder import claim_run, locate, sole_writer
 from harness.store import write_bytes
-from harness.video import ending, hint, save_video
 from models.generator import Generator
 from models.noise import noise_error
 from models.texture import to_textured_glb

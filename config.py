@@ -119,9 +119,7 @@ class Weights:
     target: Weight = 0.0  # 3D-Adapter's target distribution, from --image.
     structure: Weight = 0.0  # 3D-Adapter's structure of images.
     feature_structure: Weight = 0.0  # 3D-Adapter's structure of features, before super-resolution.
-    variation: Weight = (
-        0.0  # Multi-scale total variation of the planes that one head has of its own.
-    )
+    variation: Weight = 0.0  # Total variation, at four scales, of one head's own planes.
     opacity: Weight = 0.0  # Fog: opacity that is neither 0 nor 1.
 
     def on(self) -> dict[str, float]:

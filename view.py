@@ -111,6 +111,7 @@ class Stage:
     names: tuple[str, ...]  # Of the runs that can be mixed.
     changes: tuple[dict[str, Tensor], ...]  # What each of them changed of the source.
     directions: tuple[str, ...]
+    mesh: bytes  # With its texture, of a folder of avatar.py; else nothing.
 
     @classmethod
     def load(cls, cfg: Config) -> Stage:
@@ -138,7 +139,9 @@ class Stage:
             directions = tuple(read_tensors(cfg.directions, DIRECTIONS)[0])
         for path in cfg.latents:
             load_person(path, base)  # Refused now, not when somebody asks for it.
-        return cls(cfg, source, base, tuple(names), tuple(changes), directions)
+        glb = Path(cfg.ckpt[0], "avatar.glb")
+        mesh = glb.read_bytes() if glb.is_file() else b""
+        return cls(cfg, source, base, tuple(names), tuple(changes), directions, mesh)
 
 
 class Visitor:
@@ -151,8 +154,9 @@ class Visitor:
         self.cast: tuple[tuple, list[Subject]] | None = None  # What was shown last, and its key.
         gui = client.gui
         self.who = gui.add_dropdown("head", ("seed", *(path.stem for path in stage.cfg.latents)))
-        self.seed = gui.add_slider("seed", 0, 999, 1, 0)
-        self.trunc = gui.add_slider("truncation", 0.0, 1.0, 0.05, 1.0)
+        several = stage.base.z_dim > 0  # Else there is one head alone.
+        self.seed = gui.add_slider("seed", 0, 999, 1, 0, visible=several)
+        self.trunc = gui.add_slider("truncation", 0.0, 1.0, 0.05, 1.0, visible=several)
         self.shares = [
             gui.add_slider(name, 0.0, 1.5, 0.05, 1.0 if i == 0 else 0.0)
             for i, name in enumerate(stage.names)
@@ -169,6 +173,9 @@ class Visitor:
         )
         self.turns = "image_depth" in stage.base.gives
         self.depth = gui.add_checkbox("depth", False) if self.turns else None
+        self.solid = gui.add_checkbox("textured mesh", False) if stage.mesh else None
+        if stage.mesh:
+            self.solid.on_update(lambda _: self.show_mesh())
         for control in self.controls:
             control.on_update(lambda _: self.changed.set())
         client.camera.on_update(lambda _: self.changed.set())
@@ -183,11 +190,12 @@ class Visitor:
     def controls(self) -> list[Any]:
         """What changes the picture."""
         always = [self.who, self.seed, self.trunc, *self.shares, *self.edits.values()]
-        return always + [x for x in (self.wipe, self.depth) if x is not None]
+        return always + [x for x in (self.wipe, self.depth, self.solid) if x is not None]
 
     def subjects(self) -> list[Subject]:
         """Return the head in the source, if there is one, and as it is mixed, ready to be seen."""
-        key = tuple(x.value for x in self.controls if x not in (self.wipe, self.depth))
+        outer = (self.wipe, self.depth, self.solid)  # They change no head.
+        key = tuple(x.value for x in self.controls if x not in outer)
         if self.cast is None or self.cast[0] != key:
             self.cast = key, self.prepare()
         return self.cast[1]
@@ -237,8 +245,11 @@ class Visitor:
             else:
                 rough = False
             with suppress(ConnectionError):
-                with RENDERING:
-                    picture = self.picture(rough)
+                if self.solid and self.solid.value:  # The browser draws the mesh.
+                    picture = Image.new("RGB", (64, 64), "white")
+                else:
+                    with RENDERING:
+                        picture = self.picture(rough)
                 self.client.scene.set_background_image(self.framed(picture), format="jpeg")
 
     def picture(self, rough: bool) -> Image.Image:
@@ -261,6 +272,13 @@ class Visitor:
         if source:
             adapted = torch.cat([source[0][..., :split], adapted[..., split:]], dim=-1)
         return Image.fromarray(to_uint8(adapted)[0])
+
+    def show_mesh(self) -> None:
+        """Put the mesh of avatar.py into the page, or take it out again."""
+        if self.solid.value:
+            self.client.scene.add_glb("/mesh", self.stage.mesh)
+        else:
+            self.client.scene.remove_by_name("/mesh")
 
     def framed(self, picture: Image.Image) -> np.ndarray:
         """Put a square picture in the middle of a page as wide as the visitor's."""
@@ -331,6 +349,8 @@ def serve(cfg: Config) -> viser.ViserServer:
     server.initial_camera.up = (0.0, 1.0, 0.0)
     server.initial_camera.look_at = (0.0, 0.0, 0.0)
     server.initial_camera.position = (0.0, 0.0, FAR)
+    if stage.mesh:  # Which then has the size of the generator's picture.
+        server.initial_camera.fov = 2 * atan2(0.5, stage.base.cameras.focal)
     visitors: dict[int, Visitor] = {}
 
     @server.on_client_connect

@@ -11,6 +11,7 @@ docs/figure-avatars.png.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ import eval as evaluation
 from harness.cli import run_cli
 from harness.devices import flush_denormals, keep_freed_memory
 from harness.pictures import save_image
+from harness.run_folder import sole_writer
+from harness.store import write_text
 from harness.tables import Row
 from metrics import distances
 from models.features import ClipFeatures
@@ -69,6 +72,7 @@ PARTS: dict[str, dict | None] = {
     "+ refinement": {},
 }
 LAST = "+ total variation"
+ASIDE = ("StyleGAN-Fusion of one head", "without search")  # With the first seed alone.
 COLUMNS = {
     "domain": "oracle domain",
     "hair": "hair as asked",
@@ -111,12 +115,24 @@ def main(cfg: Config) -> None:
     pairs = [(prompt, seed) for seed in SEEDS for prompt in PROMPTS]
     for prompt, seed in pairs[cfg.worker :: cfg.workers]:
         for part in PARTS:
-            if row_name(part, prompt, seed) not in evaluation.read_rows(ROWS):
-                see = make(part, prompt, seed)
-                evaluation.add_row(ROWS, row_name(part, prompt, seed), score(see, prompt, judges))
+            if row_name(part, prompt, seed) not in read_rows():
+                add_row(
+                    row_name(part, prompt, seed), score(make(part, prompt, seed), prompt, judges)
+                )
     if cfg.workers == 1:
-        print("\n".join(table(evaluation.read_rows(ROWS))))
+        print("\n".join(table(read_rows())))
         draw_figure()
+
+
+def read_rows() -> dict[str, Row]:
+    """Return the scores that there are, by the name of their row."""
+    return json.loads(ROWS.read_text()) if ROWS.exists() else {}
+
+
+def add_row(name: str, row: Row) -> None:
+    """Add a row to those of others, which other processes may be writing."""
+    with sole_writer(ROWS, wait=True):
+        write_text(ROWS, json.dumps(read_rows() | {name: row}, indent=1) + "\n")
 
 
 def row_name(part: str, prompt: str, seed: int) -> str:
@@ -129,12 +145,13 @@ def options(part: str, prompt: str, seed: int) -> avatar.Config:
     given = dict(PARTS[part] or {})
     weights = {name: given.pop(name) for name in ALONE if name in given}
     same = LAST if part in ("search alone", "+ mesh", "+ refinement") else part
+    name = slug(f"{same.removeprefix('+ ')} {prompt} {seed}")
     usual = avatar.settle(
         base="puppets360", method=given.pop("method", "denoised"), prompt=prompt, seed=seed
     )
     run = replace(
         usual,
-        out=RUNS / slug(f"{same} {prompt} {seed}"),
+        out=RUNS / name,
         device="cpu",
         weights=replace(usual.weights, **weights),
         save_every=1000,

@@ -49,7 +49,7 @@ from subjects import (
 OUT = Path("docs/people.json")
 SOURCE = Path("checkpoints/puppets/generator.safetensors")
 SEED = 5000  # Of the first of the people.
-TUNED = 100  # Steps of weights.
+TUNED = 200  # Steps of weights.
 EDITED, MOVE = 24, 2.0  # Heads that are edited, and by how many deviations.
 FIGURE_EDIT = {"hair": -1.5, "dark": -2.0}
 # The number of a latent that each of the words is about, and its sign.

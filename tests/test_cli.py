@@ -19,6 +19,7 @@ import tyro
 from PIL import Image
 from tiny_run import arguments, build_generator, hurry, run, world
 
+import avatar
 import config
 import convert
 import directions
@@ -27,7 +28,6 @@ import invert
 import render
 import terms
 import train
-from config import parse
 from files.generators import save_generator
 from harness.checkpoints import load_checkpoint
 from harness.cli import exit_codes, merge_repeats, read_options, run_cli
@@ -59,9 +59,9 @@ def call(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            if script is train:  # Which reads its options before it imports torch.
+            if hasattr(script, "parse"):  # Whose defaults are those of base and method.
                 with exit_codes():
-                    train.main(parse(argv, train.__doc__))
+                    script.main(script.parse(argv, script.__doc__))
             else:
                 additive = getattr(script, "ADDITIVE", ())
                 run_cli(script.Config, script.main, script.__doc__, additive)
@@ -84,8 +84,12 @@ def test_help_explains_every_option(script, call):
     assert code == 0
     assert f"python {script.__name__}.py" in text
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text.split("--help", 1)[1]).split())
-    flags = [f"--{field.name.replace('_', '-')}" for field in fields(script.Config)]
-    if script is train:
+    options = [field.name for field in fields(script.Config)]
+    if script is avatar:
+        options.remove("run")  # train.py's own.
+        options += [field.name for field in fields(config.Config)]
+    flags = [f"--{name.replace('_', '-')}" for name in options]
+    if script in (avatar, train):
         for name, group in GROUPS:
             flags.remove(f"--{name}")
             flags += [f"--{name}.{f.name.replace('_', '-')}" for f in fields(group)]
@@ -156,18 +160,19 @@ def test_the_recipe_for_a_loss_can_be_pasted(tmp_path):
 def test_readme_command_parses(argv):
     script = import_module(Path(argv[0]).stem)
     cfg = read(script, argv[1:])
-    pictures = getattr(cfg, "image", ())
+    pictures = getattr(cfg.run if script is avatar else cfg, "image", ())
     pictures = pictures if isinstance(pictures, tuple) else (pictures,)
     assert all((REPOSITORY / picture).is_file() for picture in pictures)
 
 
 def read(script, argv):
     """Return the options of a command line, whether or not its files are here."""
-    if script is not train:
+    if not hasattr(script, "parse"):
         return tyro.cli(script.Config, args=argv)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(config, "check", lambda cfg: None)
-        return parse(argv, "")
+        for module in (config, avatar):
+            monkeypatch.setattr(module, "check", lambda cfg: None)
+        return script.parse(argv, "")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
@@ -600,6 +605,7 @@ def test_any_other_option_given_twice_is_refused_with_both_values(argv, reason):
 
 
 REQUIRED = {
+    "avatar": ["--prompt", "x"],
     "bench": [],
     "directions": [],
     "invert": ["--image", "a.png", "--out", "a.safetensors"],
@@ -705,7 +711,7 @@ def test_a_render_of_nothing_is_refused_in_one_line(argv):
 
 
 @pytest.mark.parametrize(
-    "script", ["convert", "directions", "eval", "invert", "render", "train", "view"]
+    "script", ["avatar", "convert", "directions", "eval", "invert", "render", "train", "view"]
 )
 @pytest.mark.parametrize("argv", [["--help"], ["--nonsense", "1"]])
 def test_help_and_mistakes_come_before_torch_is_imported(script, argv):

@@ -10,9 +10,9 @@ FLOORS = {
     "harness": 0,
     **dict.fromkeys(("config", "models"), 1),
     **dict.fromkeys(("files", "losses", "metrics"), 2),
-    **dict.fromkeys(("guides", "terms", "samples", "subjects", "render"), 3),
+    **dict.fromkeys(("guides", "terms", "samples", "subjects", "render", "refine"), 3),
     **dict.fromkeys(("train", "eval", "convert", "directions", "invert", "view"), 4),
-    "bench": 5,
+    **dict.fromkeys(("avatar", "bench"), 5),
     "puppets": 6,
 }
 

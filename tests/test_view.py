@@ -44,7 +44,7 @@ class Gui:
     def __init__(self):
         self.of = {}
 
-    def add(self, label, *values):
+    def add(self, label, *values, **_):
         return self.of.setdefault(label, Control(values[-1] if values else None))
 
     add_slider = add_checkbox = add_button = add
