@@ -1,7 +1,7 @@
 """Find a photo's person in a generator: style codes, the camera and, with --tune, tuned weights.
 
     python invert.py --image me.jpg --out me.safetensors
-    python invert.py --image me.jpg --out me.safetensors --tune 100
+    python invert.py --image me.jpg --out me.safetensors --tune 200
     python render.py --ckpt runs/a-clown --latents me.safetensors --orbit 120
 
 Codes and camera are read off the photo by a linear probe, which is fitted to the generator's own
