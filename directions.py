@@ -5,14 +5,16 @@
 
 CLIP says of a thousand heads how much more they look like the words before the slash than like
 those behind it. The direction is how codes vary with that: every head counts, where the difference
-of the best and the worst tenth would see a fifth of them. What it shares with directions that CLIP
-sees more clearly is taken out: to many a CLIP long hair is dark hair. So some pairs of words are
-always there. The directions pc0, pc1, ... are the principal components of the codes (GANSpace,
-arXiv:2004.02546), found without words.
+of the best and the worst tenth would see a fifth of them. Where CLIP confuses two pairs of words
+(to many a CLIP long hair is dark skin), the diffusion prior is asked about the one that CLIP sees
+less clearly: which words explain the picture? Then all directions are turned away from each other,
+each as little as can be. So some pairs of words are always there. The directions pc0, pc1, ... are
+the principal components of the codes (GANSpace, arXiv:2004.02546), found without words.
 render.py moves heads along them by standard deviations, in the source and in every run from it.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ class Config:
     samples: int = 1000  # Heads that CLIP looks at.
     seed: int = 0  # Fixes heads and cameras.
     clip: str = "checkpoints/puppets/clip"  # CLIP for --words: folder or hub id.
+    diffusion: str = "checkpoints/puppets/diffusion"
+    """Prior that is asked where CLIP confuses words: folder, file or hub id; empty: none."""
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
 
@@ -60,6 +64,8 @@ def check(cfg: Config) -> None:
     check_source("--ckpt", cfg.ckpt)
     if pairs:
         check_source("--clip", cfg.clip)
+    if pairs and cfg.diffusion:
+        check_source("--diffusion", cfg.diffusion)
 
 
 def parse_words(words: tuple[str, ...]) -> dict[str, tuple[str, str]]:
@@ -81,17 +87,25 @@ if __name__ == "__main__":
     CFG = read_options(Config, __doc__, check)
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from files.generators import load_generator
 from harness.devices import pick_device
 from harness.run_folder import locate
+from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures
 from models.generator import Generator
+from models.noise import noise_error
 from subjects import draw_codes, save_directions, seed_to_ws
 
 CODES = 10_000  # Of which the principal components are taken.
+CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
+BATCH = 4  # Heads that are seen at once.
+ASKED = 500  # Heads that the prior is asked about.
+TIMES, LEVELS = 4, (0.3, 0.9)  # Noise levels at which it is, as fractions of the schedule.
+NARROW = 0.1  # Components of codes narrower than this share of the widest have no part in words.
 
 
 def main(cfg: Config) -> None:
@@ -132,28 +146,82 @@ def from_words(
         G: The generator.
         clip: CLIP, which ranks the heads.
         pairs: Two phrases by the name of their direction.
-        cfg: How many heads, and the sentence around the words.
+        cfg: How many heads, the sentence around the words, and the prior.
     """
-    w = draw_codes(G, cfg.samples, cfg.seed)
-    torch.manual_seed(cfg.seed)
-    c = G.cameras.sample(cfg.samples).to(w.device)
-    ws = w[:, None].expand(-1, seed_to_ws(G, 0).shape[1], -1)  # [N, num_ws, w_dim].
-    seen = [
-        clip.images(G.synthesis(ws[i : i + 1], c[i : i + 1])["image"].clamp(-1, 1))
-        for i in tqdm(range(cfg.samples), unit="head")
-    ]
+    w, c = draw_codes(G, cfg.samples, cfg.seed), draw_cameras(G, cfg)
+    seen = [clip.images(image) for image in see(G, w, c)]
     images = torch.cat(seen)  # [N, D]
     scores = {}
     for name, phrases in pairs.items():
         these, those = clip.text([cfg.template.format(phrase) for phrase in phrases])
         scores[name] = without_cameras(images @ (these - those), c)
-    directions: dict[str, Tensor] = {}
-    for name in sorted(scores, key=lambda name: -scores[name].std()):  # The clearest first.
-        direction = (w - w.mean(0)).T @ scores[name]  # Their covariance.
-        for other in directions.values():
-            direction = direction - (direction @ other) / (other @ other) * other
-        directions[name] = in_deviations(direction, w)
-    return {name: directions[name] for name in pairs}
+    ways: dict[str, Tensor] = {}
+    clear = sorted(scores, key=lambda name: -scores[name].std())
+    for i, name in enumerate(clear):
+        pair = (torch.stack([scores[name], scores[other]]) for other in clear[:i])
+        if not any(torch.corrcoef(both)[0, 1].abs() > CONFUSED for both in pair):
+            ways[name] = way(w, scores[name])
+        elif cfg.diffusion:
+            ways[name] = way(w[:ASKED], ask_prior(G, w[:ASKED], c[:ASKED], pairs[name], cfg))
+        else:  # What the clearer ones do not tell.
+            told = torch.stack([scores[other] for other in clear[:i]], dim=1)
+            share = torch.linalg.lstsq(told, scores[name][:, None]).solution
+            ways[name] = way(w, scores[name] - (told @ share)[:, 0])
+    return {name: in_deviations(x, w) for name, x in apart(w, ways).items() if name in pairs}
+
+
+def draw_cameras(G: Generator, cfg: Config) -> Tensor:
+    """Return the cameras [N, 25] that heads are seen from."""
+    torch.manual_seed(cfg.seed)
+    return G.cameras.sample(cfg.samples).to(next(iter(G.parameters())).device)
+
+
+def see(G: Generator, w: Tensor, c: Tensor, words: str = "") -> Iterator[Tensor]:
+    """Yield pictures [B, 3, R, R] of codes w [N, w_dim] from their cameras, some at a time."""
+    layers = seed_to_ws(G, 0).shape[1]
+    with tqdm(total=len(w), desc=words, unit="head") as bar:
+        for some, own in zip(w.split(BATCH), c.split(BATCH), strict=True):
+            ws = some[:, None].expand(-1, layers, -1)
+            yield G.synthesis(ws, own)["image"].clamp(-1, 1)
+            bar.update(len(some))
+
+
+def ask_prior(G: Generator, w: Tensor, c: Tensor, phrases: tuple[str, str], cfg: Config) -> Tensor:
+    """Return how much better the prior explains heads by these words than by those, [N].
+
+    See `noise_error`. w and c are [N, w_dim] and [N, 25].
+    """
+    prior = DiffusionPrior.from_pretrained(locate(cfg.diffusion), None, None, device=w.device)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    noise = torch.randn(TIMES, *prior.latent_shape, generator=generator).to(w)
+    times = (torch.linspace(*LEVELS, TIMES) * (len(prior.alphas_cumprod) - 1)).long().to(w.device)
+    conditions = [prior.condition(cfg.template.format(phrase)) for phrase in phrases]
+    size, scores = (prior.image_size,) * 2, []
+    for images in see(G, w, c, phrases[0]):
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        latents = prior.encode_images(images)
+        these, those = (noise_error(prior, latents, x, times, noise) for x in conditions)
+        scores.append(those - these)
+    return without_cameras(torch.cat(scores), c)
+
+
+def way(w: Tensor, scores: Tensor) -> Tensor:
+    """Return how codes w [N, w_dim] vary with scores [N], in no unit."""
+    return (w - w.mean(0)).T @ (scores - scores.mean())
+
+
+def apart(w: Tensor, ways: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return directions that are nearest to some, and of which no two vary together among codes.
+
+    Symmetric orthogonalisation (Loewdin) in units of the codes' deviations, among their wide
+    components: in narrow ones there is noise alone.
+    """
+    _, spread, axes = torch.linalg.svd(w - w.mean(0), full_matrices=False)
+    kept = int((spread > NARROW * spread[0]).sum().clamp_max(len(w) // 20))
+    spread, axes = spread[:kept], axes[:kept]
+    units = F.normalize(torch.stack(list(ways.values())) @ axes.T / spread, dim=1)  # [M, kept]
+    left, _, right = torch.linalg.svd(units, full_matrices=False)
+    return dict(zip(ways, (left @ right) * spread @ axes, strict=True))
 
 
 def without_cameras(scores: Tensor, c: Tensor) -> Tensor:
