@@ -55,7 +55,7 @@ class Config:
     latents: Path | None = None  # A person that invert.py found, in place of the search.
     search: int = 96  # Heads that are looked through; 0: the head of --seed is taken.
     refine: bool = True  # Whether the prior paints over the texture.
-    level: float = 0.3  # Diffusion time at which it does: how much may change.
+    level: float = 0.75  # Diffusion time at which it does: how much may change.
     views: int = 8  # From which the texture is painted: front, sides, back.
     voxels: int = 160  # Of the mesh, per side.
     faces: int = 20_000  # Most triangles of the mesh.
@@ -178,7 +178,7 @@ from terms import load_guides
 TEMPLATES = ("{}", "a photo of {}", "a portrait of {}")
 TURNS = (0.0, 0.7)  # Yaws at which heads are compared with the prompt [rad].
 SHORTLIST = 2  # One of so many heads stays for the prior, after CLIP.
-TIMES, LEVELS = 6, (0.3, 0.9)  # Noise levels at which the prior is asked, as fractions.
+TIMES, LEVELS = 8, (0.7, 0.98)  # Noise levels at which the prior is asked: shapes show late.
 SHOWN = 8  # Heads in search.png.
 # The way from the best code on: steps; rate, in deviations of w; weight of being a typical head.
 WAY, RATE, TYPICAL, CODES = 12, 0.02, 0.005, 1000

@@ -104,7 +104,7 @@ CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
 BATCH = 4  # Heads that are seen at once.
 ASKED = 500  # Heads that the prior is asked about.
-TIMES, LEVELS = 4, (0.3, 0.9)  # Noise levels at which it is, as fractions of the schedule.
+TIMES, LEVELS = 6, (0.7, 0.98)  # Noise levels at which it is, as fractions: shapes show late.
 NARROW = 0.1  # Components of codes narrower than this share of the widest have no part in words.
 
 

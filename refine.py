@@ -28,6 +28,7 @@ from subjects import Subject
 PITCH = -0.1  # Of the views [rad].
 LARGER = 2  # Meshes are drawn so many times as large as pictures, then averaged.
 SEEN = 0.77  # A texel seen at this cosine is refined: nothing more is painted there.
+COLOURS = 0.26  # Share of a picture over which the prior keeps the mean colour.
 UNSEEN = 0.05  # Weight of a refined view below which a texel keeps the generator's colour.
 
 
@@ -112,9 +113,8 @@ def refine(head: Textured, guides: Guides, level: float) -> Textured:
             (best > UNSEEN)[:, None], atlas.texels(painted), atlas.texels(head.first)
         )
         texture = atlas.fill(refined)
-    large = [F.interpolate(x, scale_factor=LARGER, mode="bicubic") for x in pictures]
-    weights = [view.edge[None, None] * view.mask for view in looks]
-    texture = fit(texture, list(zip(looks, large, weights, strict=True)))
+    weights = [F.avg_pool2d(view.edge * view.mask, LARGER) for view in looks]
+    texture = fit(texture, list(zip(looks, pictures, weights, strict=True)))
     return Textured(atlas, head.first, texture, head.cameras, torch.cat(pictures))
 
 
@@ -154,5 +154,17 @@ def paint_over(
     )
     painted = prior.decode_latents(latents).clamp(-1, 1).cpu()
     painted = F.interpolate(painted, (size, size), mode="bilinear", antialias=True)
+    mask = F.avg_pool2d(view.mask, LARGER)
+    painted = (painted + mask * spread(picture - painted, mask)).clamp(-1, 1)  # Colours stay.
     share = F.interpolate(strength, (size, size), mode="bilinear")
     return torch.where(share > UNSEEN, painted, picture)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of values [1, 3, R, R] around each pixel, of those on the mask alone."""
+    window = int(COLOURS * values.shape[-1]) // 2 * 2 + 1
+
+    def around(x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (window // 2,) * 4, mode="replicate"), window, 1)
+
+    return around(values * mask) / around(mask).clamp_min(1e-3)

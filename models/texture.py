@@ -218,24 +218,32 @@ def fit(
     steps: int = 40,
     rate: float = 0.02,
     stay: float = 0.05,
+    grain: float = 0.2,
 ) -> Tensor:
     """Optimise a texture until its pictures are the given ones, where these are to be trusted.
 
+    A pixel of a picture is the mean of what the camera sees there at n x n, so that a texture may
+    become sharper than the pictures are.
+
     Args:
         texture: Where to begin, [1, 3, S, S].
-        pictures: What the camera sees, the picture [1, 3, n, n], and its pixels' weights
-            [1, 1, n, n].
+        pictures: What the camera sees at n x n, the picture [1, 3, m, m], whose size m divides n,
+            and its pixels' weights [1, 1, m, m].
         steps: Of Adam.
         rate: Its learning rate.
         stay: Weight of staying at the beginning, which holds texels that no pixel shows.
+        grain: Weight of smooth changes: no picture tells of noise between its pixels.
     """
     learnt = texture.clone().requires_grad_()
     adam = torch.optim.Adam([learnt], lr=rate, betas=(0.9, 0.99))
     for step in range(steps):
         adam.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps))
-        loss = stay * (learnt - texture).square().mean()
+        change = learnt - texture
+        loss = stay * change.square().mean()
+        loss = loss + grain * sum(change.diff(dim=d).square().mean() for d in (2, 3))
         for view, image, weight in pictures:
-            error = (view.draw(learnt) - image).square() * weight
+            drawn = F.avg_pool2d(view.draw(learnt), view.edge.shape[-1] // image.shape[-1])
+            error = (drawn - image).square() * weight
             loss = loss + error.sum() / weight.sum().clamp_min(1) / len(pictures)
         adam.zero_grad()
         loss.backward()

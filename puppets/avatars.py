@@ -72,7 +72,6 @@ PARTS: dict[str, dict | None] = {
     "+ refinement": {},
 }
 LAST = "+ total variation"
-ASIDE = ("StyleGAN-Fusion of one head", "without search")  # With the first seed alone.
 COLUMNS = {
     "domain": "oracle domain",
     "hair": "hair as asked",
