@@ -34,12 +34,13 @@ from harness.store import write_text
 from harness.tables import Row
 from metrics import distances
 from models.features import ClipFeatures
+from models.texture import look
 from puppets import faces, oracle
 from puppets.data import DOMAIN_NAMES, ROUND_CAMERAS
 from puppets.domains import DOMAINS
 from puppets.experiments import sheet
 from puppets.plan import DOCS, slug
-from refine import Textured, refine, texture_head
+from refine import LARGER, Textured, refine, texture_head
 from subjects import Subject
 
 RUNS = Path("runs/avatars")
@@ -238,15 +239,44 @@ def score(see: See, prompt: str, judges: Judges) -> Row:
     }
 
 
+@torch.no_grad()
+def texture_scores(head: Textured) -> Row:
+    """Return what a refined texture loses and whether its cuts are seen.
+
+    Returns:
+        `psnr_db` of the mesh's renders against the pictures that the texture was made of, on the
+        head; `cut`, the mean difference of colour between the two sides of a cut, and `inside`,
+        that between neighbouring texels elsewhere.
+    """
+    atlas, size = head.atlas, head.pictures.shape[-1]
+    square, pixels = 0.0, 0.0
+    for c, picture in zip(head.cameras, head.pictures, strict=True):
+        mask = F.avg_pool2d(look(atlas, c, LARGER * size).mask, LARGER) > 0.99
+        error = (head.draw(c, size) - picture).square().mean(1, keepdim=True)[mask]
+        square, pixels = square + error.sum().item(), pixels + len(error)
+    _, place = torch.unique(atlas.vertices, dim=0, return_inverse=True)
+    colours = F.grid_sample(head.texture, atlas.uv[None, None] * 2 - 1, align_corners=False)
+    colours = colours[0, :, 0].mT  # [V, 3]
+    means = torch.zeros(len(place), 3).index_add_(0, place, colours)
+    count = torch.bincount(place, minlength=len(place))
+    far = (colours - means[place] / count[place, None]).abs().mean(1)
+    both = atlas.covered[:, 1:] & atlas.covered[:, :-1]
+    return {
+        "psnr_db": 10 * np.log10(4 * pixels / square),
+        "cut": 2 * far[count[place] == 2].mean().item(),
+        "inside": head.texture[0].diff(dim=2).abs().mean(0)[both].mean().item(),
+    }
+
+
 def table(rows: dict[str, Row]) -> list[str]:
-    """Return a Markdown table of means over prompts and seeds, with how many there are."""
-    lines = ["| | heads | " + " | ".join(COLUMNS.values()) + " |"]
-    lines.append("| --- " * (len(COLUMNS) + 2) + "|")
+    """Return a Markdown table of means over prompts and seeds, of parts that have all of them."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("| --- " * (len(COLUMNS) + 1) + "|")
     for part in PARTS:
         own = [rows[name] for name in rows if name.startswith(f"{part}, ")]
-        if own:
+        if len(own) == len(PROMPTS) * len(SEEDS):
             means = (np.mean([row[name] for row in own]) for name in COLUMNS)
-            lines.append(f"| {part} | {len(own)} | " + " | ".join(f"{x:.3f}" for x in means) + " |")
+            lines.append(f"| {part} | " + " | ".join(f"{x:.3f}" for x in means) + " |")
     return lines
 
 
