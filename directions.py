@@ -167,7 +167,8 @@ def from_words(
             told = torch.stack([scores[other] for other in clear[:i]], dim=1)
             share = torch.linalg.lstsq(told, scores[name][:, None]).solution
             ways[name] = way(w, scores[name] - (told @ share)[:, 0])
-    return {name: in_deviations(x, w) for name, x in apart(w, ways).items() if name in pairs}
+    turned = apart(w, ways)
+    return {name: in_deviations(turned[name], w) for name in pairs}
 
 
 def draw_cameras(G: Generator, cfg: Config) -> Tensor:
