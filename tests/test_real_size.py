@@ -86,7 +86,7 @@ def test_training_on_files_of_real_size(tmp_path):
 
     options = [f"--{name}={file}" for name, file in files.items()]
     options += [
-        "--adapters",
+        "--controlnet",
         str(files["diffusion"] / "controlnet"),
         "--out",
         str(tmp_path / "run"),
