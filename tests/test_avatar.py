@@ -28,7 +28,7 @@ import subjects
 import train
 from files.generators import AVATAR, load_generator, save_generator
 from harness.run_folder import REPOSITORY
-from harness.video import ending
+from harness.video import MOST_FRAMES, ending
 from losses import opacity_loss, variation_loss
 from models.diffusion import Condition
 from models.eg3d import OWN_GAIN
@@ -366,7 +366,7 @@ def test_the_words_are_the_prompt_and_what_it_says_of_the_source_as_captions():
 
 def test_a_head_is_explained_better_by_words_that_it_shows():
     c = build_generator().cameras.frontal(2)
-    times = torch.linspace(0.3, 0.9, avatar.TIMES) * 999
+    times = torch.linspace(*avatar.LEVELS, avatar.TIMES) * 999
     abar = FakePrior.alphas_cumprod[times.long()]
     for shown in (1.0, 0.5, -1.0):
         images = torch.full((2, 4, 2, 2), shown)
@@ -473,7 +473,8 @@ def painting():
     )
 
 
-def test_the_prior_paints_where_nothing_is_refined_and_the_head_is(ball):
+def test_the_prior_paints_where_nothing_is_refined_and_the_head_is(ball, monkeypatch):
+    monkeypatch.setattr(refine, "spread", lambda values, mask: torch.zeros_like(values))
     upper = ball.atlas.points[:, 1:2] > 0
     refined = ball.atlas.fill(upper.float())
     view = look(ball.atlas, ball.cameras[0], 128)
@@ -486,6 +487,27 @@ def test_the_prior_paints_where_nothing_is_refined_and_the_head_is(ball):
     assert below.sum() > 100 and (picture[0, :, below] == -1).all()
     torch.testing.assert_close(picture[0, :, above], torch.full((3, int(above.sum())), 0.5))
     assert (picture[0, :, far > 30] == 1).all()  # The background.
+
+
+def test_what_is_painted_keeps_the_mean_colours_of_the_head(ball):
+    nothing = torch.zeros_like(ball.atlas.fill(ball.atlas.points[:, 1:2]))
+    view = look(ball.atlas, ball.cameras[0], 128)
+    bright = torch.full((1, 3, 64, 64), 0.5)
+    picture = paint_over(painting(), view, bright, nothing, 0.5)  # The prior paints all black.
+    inside = torch.nn.functional.avg_pool2d(view.mask, 2)[0, 0] == 1
+    # Pixels at the border have some of the white beside the head in their mean.
+    assert (picture[0, :, inside] - 0.5).abs().max() < 0.03
+
+
+def test_values_spread_on_the_mask_alone():
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    values = torch.where(mask > 0, 2.0, -50.0).expand(-1, 3, -1, -1).clone()
+    values[:, :, 8, 8] = 10.0
+    around = refine.spread(values, mask)
+    window = int(refine.COLOURS * 32) // 2 * 2 + 1
+    assert around[0, 0, 8, 8] == pytest.approx(2 + 8 / window**2, rel=1e-4)
+    torch.testing.assert_close(around[0, :, 25:, :16], torch.full((3, 7, 16), 2.0))
 
 
 def test_a_refined_texture_is_what_was_painted_and_keeps_what_no_view_sees(ball, monkeypatch):
@@ -554,7 +576,7 @@ def test_what_cannot_work_is_refused_in_one_clear_line(tmp_path, monkeypatch, ar
         ("voxels", "16 to 512", (15, 513)),
         ("faces", "100 to 1000000", (99, 1_000_001)),
         ("texture", "0 to 8192", (-1, 8193)),
-        ("frames", "2 to 3600", (1, 3601)),
+        ("frames", f"2 to {MOST_FRAMES[ending()]}", (1, MOST_FRAMES[ending()] + 1)),
     ],
 )
 def test_numbers_out_of_bounds_are_refused(tmp_path, name, bounds, values):

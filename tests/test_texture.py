@@ -270,7 +270,7 @@ def test_fitting_brings_renders_to_the_pictures_and_leaves_alone_what_nobody_see
         for view, c in zip(looks, cameras, strict=True)
     ]
     start = torch.zeros(1, 3, SIZE, SIZE)
-    fitted = fit(start, given)
+    fitted = fit(start, given, grain=0)
 
     def error(texture):
         return sum(
@@ -281,7 +281,7 @@ def test_fitting_brings_renders_to_the_pictures_and_leaves_alone_what_nobody_see
     assert error(fitted) < 0.02 * error(start)
     unseen = (torch.stack([towards(atlas, c) for c in cameras]) < -0.1).all(0)
     assert unseen.sum() > 1000 and not atlas.texels(fitted)[unseen].any()
-    held = fit(start, given, stay=1e3)
+    held = fit(start, given, stay=1e3, grain=0)
     assert error(start) > error(held) > 10 * error(fitted)
 
 
@@ -290,12 +290,27 @@ def test_fitting_goes_by_the_weights_alone_and_stays_in_range(atlas):
     left = torch.zeros(1, 1, 96, 96)
     left[..., :48] = 1
     bright = torch.full((1, 3, 96, 96), 3.0)  # Brighter than colours can be.
-    fitted = fit(torch.zeros(1, 3, SIZE, SIZE), [(view, bright, left * view.mask)], steps=80)
+    given = [(view, bright, left * view.mask)]
+    fitted = fit(torch.zeros(1, 3, SIZE, SIZE), given, steps=80, grain=0)
     picture = view.draw(fitted)[0, 0]
     inner = (view.edge == 1) & (view.mask[0, 0] > 0)
     columns = torch.arange(96).expand(96, 96)
     assert (picture[inner & (columns < 44)] > 0.9).all() and fitted.max() <= 1
     assert not picture[inner & (columns >= 52)].any()
+
+
+def test_pictures_may_be_smaller_and_grain_is_smoothed(atlas):
+    view = look(atlas, FRONT, 96)
+    small = torch.nn.functional.avg_pool2d(photo(FRONT, 96), 2)
+    given = [(view, small, torch.nn.functional.avg_pool2d(view.edge * view.mask, 2))]
+    start = torch.zeros(1, 3, SIZE, SIZE)
+    rough, smooth = (fit(start, given, steps=120, grain=grain) for grain in (0, 1))
+    for texture in (rough, smooth):
+        drawn = torch.nn.functional.avg_pool2d(view.draw(texture), 2)
+        error = ((drawn - small).square() * given[0][2]).sum() / given[0][2].sum()
+        assert error < 0.02 * small.square().mean()
+    rough, smooth = (x.diff(dim=3).diff(dim=3).square().mean() for x in (rough, smooth))
+    assert rough > 2 * smooth  # Second differences: noise from texel to texel.
 
 
 # The file.
