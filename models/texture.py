@@ -78,7 +78,8 @@ class Look:
 
     def draw(self, texture: Tensor, background: float = 1.0) -> Tensor:
         """Return the picture of a texture [1, C, S, S], [1, C, n, n]; differentiable."""
-        seen = F.grid_sample(texture, self.uv[None] * 2 - 1, align_corners=False)
+        grid = self.uv[None] * 2 - 1
+        seen = F.grid_sample(texture, grid, padding_mode="border", align_corners=False)
         return torch.where(self.fragments.covered, seen, background)
 
 

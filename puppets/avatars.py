@@ -121,6 +121,7 @@ def main(cfg: Config) -> None:
                 )
     if cfg.workers == 1:
         print("\n".join(table(read_rows())))
+        print(SHEET[0], texture_scores(make_mesh("+ refinement", SHEET[0], 0)))
         draw_figure()
 
 
@@ -162,25 +163,35 @@ def options(part: str, prompt: str, seed: int) -> avatar.Config:
 
 
 def make(part: str, prompt: str, seed: int) -> See:
-    """Make what a row is about, as far as it is not there; parts with a search share it."""
-    cfg, device = options(part, prompt, seed), torch.device("cpu")
+    """Make what a row is about, as far as it is not there."""
+    if part in ("+ mesh", "+ refinement"):
+        return see_mesh(make_mesh(part, prompt, seed))
+    found, made = make_heads(part, prompt, seed)
+    return see_subject(found if part == "search alone" else made)
+
+
+def make_heads(part: str, prompt: str, seed: int) -> tuple[Subject, Subject]:
+    """Return a head before and after its adaptation; parts with a search share it."""
+    cfg = options(part, prompt, seed)
     cfg.run.out.mkdir(parents=True, exist_ok=True)
     first = options(LAST, prompt, seed).run.out / "start.safetensors"
     start = cfg.run.out / "start.safetensors"
     if cfg.search and first.exists() and not start.exists():
         shutil.copy(first, start)
-    found, made = avatar.adapt(cfg, device)
+    heads = avatar.adapt(cfg, torch.device("cpu"))
     if cfg.search and not first.exists():
         first.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(start, first)
-    if part == "search alone":
-        return see_subject(found)
-    if part not in ("+ mesh", "+ refinement"):
-        return see_subject(made)
+    return heads
+
+
+def make_mesh(part: str, prompt: str, seed: int) -> Textured:
+    """Return a head's textured mesh, refined if the part says so."""
+    cfg, (_, made) = options(part, prompt, seed), make_heads(part, prompt, seed)
     head = texture_head(made, cfg.views, cfg.voxels, cfg.faces, 512)
-    if part == "+ refinement":
-        head = refine(head, avatar.load_painter(cfg.run, made.G, device), cfg.level)
-    return see_mesh(head)
+    if part == "+ mesh":
+        return head
+    return refine(head, avatar.load_painter(cfg.run, made.G, torch.device("cpu")), cfg.level)
 
 
 def see_subject(subject: Subject) -> See:
@@ -255,14 +266,15 @@ def texture_scores(head: Textured) -> Row:
         error = (head.draw(c, size) - picture).square().mean(1, keepdim=True)[mask]
         square, pixels = square + error.sum().item(), pixels + len(error)
     _, place = torch.unique(atlas.vertices, dim=0, return_inverse=True)
-    colours = F.grid_sample(head.texture, atlas.uv[None, None] * 2 - 1, align_corners=False)
+    grid = atlas.uv[None, None] * 2 - 1
+    colours = F.grid_sample(head.texture, grid, padding_mode="border", align_corners=False)
     colours = colours[0, :, 0].mT  # [V, 3]
     means = torch.zeros(len(place), 3).index_add_(0, place, colours)
     count = torch.bincount(place, minlength=len(place))
     far = (colours - means[place] / count[place, None]).abs().mean(1)
     both = atlas.covered[:, 1:] & atlas.covered[:, :-1]
     return {
-        "psnr_db": 10 * np.log10(4 * pixels / square),
+        "psnr_db": float(10 * np.log10(4 * pixels / square)),
         "cut": 2 * far[count[place] == 2].mean().item(),
         "inside": head.texture[0].diff(dim=2).abs().mean(0)[both].mean().item(),
     }

@@ -1,16 +1,21 @@
 """What avatars are scored by: the truth gets the best scores, and the page shows the scores."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.features import ClipFeatures
+from models.mesh import Mesh
+from models.texture import unwrap
 from puppets import avatars, faces, oracle
-from puppets.data import DOMAIN_NAMES
+from puppets.data import DOMAIN_NAMES, ROUND_CAMERAS
 from puppets.domains import DOMAINS
+from refine import Textured
 
 REPOSITORY = Path(avatars.__file__).parents[1]
 
@@ -45,6 +50,23 @@ def test_the_truth_gets_the_best_scores_and_others_do_not(judges, monkeypatch):
     assert short["domain"] == 1 and short["hair"] == 0
     other = avatars.score(true_head("robot", 2.0), prompt, judges)
     assert other["domain"] == other["clip"] == 0 and other["l1"] > 2 * right["l1"]
+
+
+def test_the_scores_of_a_texture_see_its_pictures_and_its_cuts():
+    trimesh = pytest.importorskip("trimesh")
+    pytest.importorskip("xatlas")
+    ball = trimesh.creation.icosphere(3, 0.2)
+    grey = np.full((len(ball.vertices), 3), 128, np.uint8)
+    atlas = unwrap(Mesh(ball.vertices.astype(np.float32), np.array(ball.faces), grey), 128)
+    even = torch.full((1, 3, 128, 128), 0.5)
+    cameras = ROUND_CAMERAS.label(torch.tensor([0.0, 2.0]), torch.zeros(2))
+    head = Textured(atlas, even, even, cameras, torch.full((2, 3, 64, 64), 0.4))
+    scores = avatars.texture_scores(head)
+    assert scores["psnr_db"] == pytest.approx(10 * np.log10(4 / 0.1**2), abs=0.01)
+    assert scores["cut"] == pytest.approx(0, abs=1e-5) and scores["inside"] == 0
+    places = torch.linspace(-1, 1, 128).expand(1, 3, 128, 128)  # Colour by place in the atlas.
+    cut = avatars.texture_scores(replace(head, texture=places))
+    assert cut["cut"] > 0.1 and cut["inside"] == pytest.approx(2 / 127, rel=1e-3)
 
 
 def test_every_prompt_names_its_domain_and_a_length_of_hair():
