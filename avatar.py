@@ -177,8 +177,9 @@ from terms import load_guides
 
 TEMPLATES = ("{}", "a photo of {}", "a portrait of {}")
 TURNS = (0.0, 0.7)  # Yaws at which heads are compared with the prompt [rad].
-SHORTLIST = 2  # One of so many heads stays for the prior, after CLIP.
-TIMES, LEVELS = 8, (0.7, 0.98)  # Noise levels at which the prior is asked: shapes show late.
+# What the prior is asked: one of so many heads is left each time, and shown with so much noise.
+ROUNDS = (2, 8), (4, 32)
+LEVELS = (0.7, 0.98)  # Of the noise, as diffusion times: shapes show late.
 SHOWN = 8  # Heads in search.png.
 # The way from the best code on: steps; rate, in deviations of w; weight of being a typical head.
 WAY, RATE, TYPICAL, CODES = 12, 0.02, 0.005, 1000
@@ -263,8 +264,9 @@ def search(cfg: Config, G: Generator, device: torch.device) -> Tensor:
     """Return the code [1, num_ws, w_dim] of the head that fits best, and draw the best ones.
 
     CLIP ranks heads seen from the front and from the side, for several wordings. Of the better
-    half the prior tells which it explains better with the prompt's words than without them.
-    Then the best code is moved along CLIP's gradient, as long as the prior agrees.
+    half the prior tells which it explains better with the prompt's words than without them, and
+    of the best of these once more, with more noise. Then the best code is moved along CLIP's
+    gradient, as long as the prior agrees.
     """
     guides = load_painter(cfg.run, G, device)
     layers = seed_to_ws(G, 0).shape[1]
@@ -278,13 +280,15 @@ def search(cfg: Config, G: Generator, device: torch.device) -> Tensor:
         fits = [clip_fit(guides, images.to(device), target).item() for images in pictures]
     best = sorted(range(len(fits)), key=lambda i: fits[i], reverse=True)
     if cfg.run.prompt:
-        best = best[: -(-len(best) // SHORTLIST)]
-        for i in tqdm(best, desc="ask the prior", unit="head"):
-            fits[i] = explained(guides, pictures[i].to(device), c)
-        best.sort(key=lambda i: fits[i], reverse=True)
+        left = len(best)
+        for share, draws in ROUNDS:
+            left = -(-left // share)
+            for i in tqdm(best[:left], desc="ask the prior", unit="head"):
+                fits[i] = explained(guides, pictures[i].to(device), c, draws)
+            best[:left] = sorted(best[:left], key=lambda i: fits[i], reverse=True)
     ws = codes[best[:1]]
     moved = climb(G, guides, ws, c, target)
-    if cfg.run.prompt and explained(guides, see(G, moved, c).detach(), c) < fits[best[0]]:
+    if cfg.run.prompt and explained(guides, see(G, moved, c).detach(), c, draws) < fits[best[0]]:
         moved = ws
     rows = torch.stack([pictures[i] for i in best[:SHOWN]], dim=1)  # [K, N, 3, R, R]
     save_image(image_grid(list(rows)), cfg.run.out / "search.png")
@@ -323,19 +327,20 @@ def clip_fit(guides: Guides, images: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def explained(guides: Guides, images: Tensor, c: Tensor) -> float:
+def explained(guides: Guides, images: Tensor, c: Tensor, draws: int) -> float:
     """Return how much better the prior explains a head by the prompt's words than without them.
 
     Args:
         guides: The prior; see `noise_error`.
         images: Views of the head, [K, 3, R, R].
         c: Their cameras, [K, 25].
+        draws: How much noise is drawn.
     """
     cfg, prior = guides.cfg, guides.prior
     latents = guides.encode(images.clamp(-1, 1))
     generator = torch.Generator().manual_seed(cfg.seed)
-    noise = torch.randn(TIMES, *prior.latent_shape, generator=generator).to(latents)
-    times = (torch.linspace(*LEVELS, TIMES) * (len(prior.alphas_cumprod) - 1)).long()
+    noise = torch.randn(draws, *prior.latent_shape, generator=generator).to(latents)
+    times = (torch.linspace(*LEVELS, draws) * (len(prior.alphas_cumprod) - 1)).long()
     errors = []
     for prompt in (cfg.source_prompt, said_of_source(cfg.prompt, cfg.source_prompt)):
         told = replace(cfg, prompt=prompt, image=(), depth_scale=0.0)

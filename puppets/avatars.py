@@ -57,6 +57,7 @@ PROMPTS = {
     "a yellow toy figure with short hair": ("toy", -1),
 }
 SEEDS = (0, 1)
+RIM = 4  # Pixels from a head's outline that are not inside of it.
 LENGTH = 14  # Which of the numbers that make a head is the length of its hair.
 NEAR, ROUND = 12, 16  # Views as in the oracle's pictures, and from all sides.
 ALONE = {"variation": 0.0, "opacity": 0.0}
@@ -221,7 +222,8 @@ def score(see: See, prompt: str, judges: Judges) -> Row:
         `hair`, the share whose hair it reads as long or short as asked; `clip`, the share that CLIP
         takes for the domain. From all sides, against the true pictures of the person that it reads:
         `l1`; `kid`, by its features; `faces`, the share of backs with a face. `gradient`, the mean
-        difference of neighbouring pixels at 256 px, from all sides.
+        difference of neighbouring pixels at 256 px inside of that person's outline, whose edge
+        would count most, and is in every picture.
     """
     domain, sign = PROMPTS[prompt]
     z = torch.randn(NEAR, 16, generator=torch.Generator().manual_seed(0))
@@ -236,8 +238,9 @@ def score(see: See, prompt: str, judges: Judges) -> Row:
     c = ROUND_CAMERAS.label(turns, pitches)
     images = see(c, oracle.SIZE)
     person = F.normalize(people.mean(0), dim=0).expand(ROUND, -1)
-    truth, _ = oracle.draw_truth(person, c, domain)
+    truth, mask = oracle.draw_truth(person, c, domain)
     pair = (oracle.features(judges.eye, x) for x in (truth, images))
+    inside = F.interpolate(-F.max_pool2d(1 - mask.float(), 2 * RIM + 1, 1, RIM) + 1, scale_factor=2)
     large = see(c, 2 * oracle.SIZE)
     return {
         "domain": (logits.argmax(1) == right).float().mean().item(),
@@ -246,8 +249,19 @@ def score(see: See, prompt: str, judges: Judges) -> Row:
         "l1": (images - truth).abs().mean().item(),
         "kid": distances(*pair)["kid"],
         "faces": faces.share(judges.clip, images[faces.back_views(c)]),
-        "gradient": sum(large.diff(dim=d).abs().mean().item() for d in (2, 3)),
+        "gradient": gradient(large, inside),
     }
+
+
+def gradient(images: Tensor, where: Tensor) -> float:
+    """Return the mean difference of neighbouring pixels of [N, 3, H, W], where [N, 1, H, W] is 1.
+
+    Differences along both axes are added.
+    """
+    down = F.pad(images.diff(dim=2), (0, 0, 0, 1)).abs()
+    right = F.pad(images.diff(dim=3), (0, 1)).abs()
+    change = (down + right).mean(1, keepdim=True)
+    return ((change * where).sum() / where.sum()).item()
 
 
 @torch.no_grad()

@@ -366,12 +366,12 @@ def test_the_words_are_the_prompt_and_what_it_says_of_the_source_as_captions():
 
 def test_a_head_is_explained_better_by_words_that_it_shows():
     c = build_generator().cameras.frontal(2)
-    times = torch.linspace(*avatar.LEVELS, avatar.TIMES) * 999
+    times = torch.linspace(*avatar.LEVELS, 8) * 999
     abar = FakePrior.alphas_cumprod[times.long()]
     for shown in (1.0, 0.5, -1.0):
         images = torch.full((2, 4, 2, 2), shown)
         wanted = (abar / (1 - abar)).mean().item() * (shown**2 - (shown - 1.5) ** 2)
-        assert avatar.explained(believing(), images, c) == pytest.approx(wanted, rel=1e-3)
+        assert avatar.explained(believing(), images, c, 8) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_heads_are_compared_from_all_cameras_under_the_same_jitter():
@@ -423,14 +423,22 @@ def test_the_search_takes_of_clips_better_half_what_the_prior_explains_best(
     monkeypatch.setattr(avatar, "load_painter", lambda *_: believing())
     monkeypatch.setattr(avatar, "wordings", lambda _: None)
     monkeypatch.setattr(avatar, "clip_fit", lambda guides, images, target: images[:, 0].mean())
-    monkeypatch.setattr(avatar, "explained", lambda guides, x, c: darkness(x).item())
+    asked = []
+
+    def explained(guides, images, c, draws):
+        asked.append(draws)
+        return darkness(images).item()
+
+    monkeypatch.setattr(avatar, "explained", explained)
+    monkeypatch.setattr(avatar, "ROUNDS", ((2, 1), (2, 5)))
     monkeypatch.setattr(avatar, "climb", lambda *_: there.expand(1, layers(G), -1))
     tmp_path.joinpath("out").mkdir()
     found = avatar.search(cfg, G, torch.device("cpu"))
     wanted = there if climbed == "better" else codes[best]
     assert torch.equal(found, wanted.expand(1, layers(G), -1))
     shown = Image.open(tmp_path / "out/search.png")
-    assert shown.size == (4 * 32, 2 * 32)
+    assert shown.size == (7 * 32, 2 * 32)
+    assert asked == [1] * 4 + [5] * 2 + [5]  # The half, its half, and the code after the climb.
 
 
 # The texture, painted over.
@@ -637,7 +645,7 @@ class Stopped(BaseException):
 def short_runs():
     with pytest.MonkeyPatch.context() as monkeypatch:
         hurry(monkeypatch)
-        for name, few in {"WAY": 2, "CODES": 50, "TIMES": 2}.items():
+        for name, few in {"WAY": 2, "CODES": 50, "ROUNDS": ((2, 1), (2, 2))}.items():
             monkeypatch.setattr(avatar, name, few)
         yield
 

@@ -52,6 +52,17 @@ def test_the_truth_gets_the_best_scores_and_others_do_not(judges, monkeypatch):
     assert other["domain"] == other["clip"] == 0 and other["l1"] > 2 * right["l1"]
 
 
+def test_the_gradient_counts_neighbours_where_it_is_told_to():
+    ramp = torch.arange(6.0).expand(2, 3, 5, 6)  # Grows by 1 to the right, by 0 downwards.
+    where = torch.zeros(2, 1, 5, 6)
+    where[..., 1:3, 1:4] = 1
+    assert avatars.gradient(ramp, where) == pytest.approx(1)
+    assert avatars.gradient(ramp + 2 * ramp.mT[..., :5, :5].new_ones(5, 1).cumsum(0), where) == 3
+    stepped = ramp.clone()
+    stepped[..., 4:] += 100  # An edge outside of it.
+    assert avatars.gradient(stepped, torch.where(stepped[:, :1] < 3, where, 0)) == pytest.approx(1)
+
+
 def test_the_scores_of_a_texture_see_its_pictures_and_its_cuts():
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("xatlas")
