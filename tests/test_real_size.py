@@ -1,20 +1,23 @@
-"""A run on files of real size and format: EG3D's .pkl and Stable Diffusion 1.5, random weights."""
+"""Runs on files of real size and format, with random weights: EG3D, PanoHead, Stable Diffusion."""
 
 import json
 import subprocess
 import sys
 from math import isfinite
+from pathlib import Path
 
 import pytest
 import torch
 from official_pickle import content_of, write_pickle
 from safetensors import safe_open
 
+import avatar
 import bench
 import config
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY
+from models.panohead import PanoHeadGenerator
 
 
 def write_stable_diffusion(folder):
@@ -70,31 +73,47 @@ def test_bfloat16_of_the_full_generator_is_faster(tmp_path):
     assert rows["generator_bf16"]["units"] < 0.65 * rows["generator"]["units"]
 
 
-@pytest.mark.slow
-def test_training_on_files_of_real_size(tmp_path):
-    G = visible_generator()
-    files = {"generator": write_pickle(tmp_path / "ffhq.pkl", content_of(G, others=32_500_000))}
-    assert 370e6 < files["generator"].stat().st_size < 390e6
-    files["diffusion"] = write_stable_diffusion(tmp_path / "sd15")
+def visible_panohead():
+    """Return PanoHead's generator at its released size, which shows a head of some kind."""
+    torch.manual_seed(0)
+    keys = json.loads((Path(__file__).parent / "data/keys_panohead_512.json").read_text())
+    G = PanoHeadGenerator(**keys["init_kwargs"]).eval().requires_grad_(False)
+    with torch.no_grad():
+        G.decoder.net[2].bias[0] = 8
+    return G
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Folders of the networks that guide, by the option that names them."""
+    folder = tmp_path_factory.mktemp("networks")
+    files = {"diffusion": write_stable_diffusion(folder / "sd15")}
+    files["controlnet"] = files["diffusion"] / "controlnet"
     for name, network in {
         "features": bench.random_vit(torch.device("cpu")).model,
         "clip": bench.random_clip(torch.device("cpu")).model,
     }.items():
-        files[name] = tmp_path / name
+        files[name] = folder / name
         network.save_pretrained(files[name])
     bench.puppets_tokenizer().save_pretrained(files["clip"])
+    return files
 
-    options = [f"--{name}={file}" for name, file in files.items()]
-    options += [
-        "--controlnet",
-        str(files["diffusion"] / "controlnet"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    command = [sys.executable, "train.py", "--base", "ffhq", "--prompt", "a bronze statue"]
-    command += ["--steps", "2", "--batch", "1", "--device", "cpu", *options]
+
+def run_script(script, base, out, files, *options):
+    """Run a script for a few steps on files, by the option that names them; into a folder."""
+    command = [sys.executable, script, "--base", base, "--prompt", "a bronze statue"]
+    command += ["--batch", "1", "--device", "cpu", "--out", str(out), *options]
+    command += [f"--{name}={file}" for name, file in files.items()]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_training_on_files_of_real_size(tmp_path, networks):
+    G = visible_generator()
+    files = {"generator": write_pickle(tmp_path / "ffhq.pkl", content_of(G, others=32_500_000))}
+    assert 370e6 < files["generator"].stat().st_size < 390e6
+    run_script("train.py", "ffhq", tmp_path / "run", files | networks, "--steps", "2")
     rows = list(map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()))
     print(rows)
     assert [row["step"] for row in rows] == [1, 2]
@@ -106,3 +125,23 @@ def test_training_on_files_of_real_size(tmp_path):
     assert len(moved) == len(train.learning_weights(source, config.WEIGHTS_LEARN[0]))
     with safe_open(tmp_path / "run/generator.safetensors", "pt") as file:
         assert len(file.keys()) == len(G.state_dict())
+
+
+@pytest.mark.slow
+def test_an_avatar_of_files_of_real_size(tmp_path, networks):
+    for name in avatar.PACKAGES:
+        pytest.importorskip(name)
+    file = write_pickle(tmp_path / "easy-khair.pkl", content_of(visible_panohead(), 32_500_000))
+    few = ("--steps=1", "--search=2", "--views=4", "--frames=2", "--voxels=64", "--faces=5000")
+    few += ("--targets.steps=2", "--targets.pool=1")
+    run_script("avatar.py", "panohead", tmp_path / "run", {"generator": file} | networks, *few)
+    (row,) = map(json.loads, (tmp_path / "run/fit/log.jsonl").read_text().splitlines())
+    print(row)
+    assert all(isfinite(value) for value in row.values()) and 0 < row["grad_norm"]
+    assert row["peak_gb"] < 20
+    made = load_generator(tmp_path / "run")
+    assert isinstance(made, PanoHeadGenerator) and not made.z_dim
+    scene = pytest.importorskip("trimesh").load(tmp_path / "run/avatar.glb")
+    (mesh,) = scene.geometry.values()
+    assert 100 < len(mesh.faces) <= 5000
+    assert mesh.visual.material.baseColorTexture.size == (2048, 2048)
