@@ -19,7 +19,9 @@ resumes what was stopped.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +32,17 @@ import tyro
 
 import config
 from harness.cli import exit_codes, merge_repeats, parse_options
-from harness.run_folder import check_source, read_settings
+from harness.run_folder import (
+    AVATAR,
+    check_run,
+    check_source,
+    claim_run,
+    locate,
+    portable,
+    read_settings,
+    sole_writer,
+)
+from harness.store import checksum, write_bytes, write_text
 from harness.video import MOST_FRAMES, ending, hint, save_video
 
 PACKAGES = {  # What meshes and their textures need, by what it is imported and installed as.
@@ -39,11 +51,21 @@ PACKAGES = {  # What meshes and their textures need, by what it is imported and 
     "trimesh": "trimesh",
     "fast_simplification": "fast-simplification",
 }
-OWN = {"variation": 300.0, "opacity": 0.1}  # Weights of what only one head's own planes need.
+# Weights of terms for one head alone; the relative distance compares heads with each other.
+OWN = {"variation": 300.0, "opacity": 0.1, "distance": 0.0}
 SHARE = 0.46  # Of the steps of a whole generator.
 POOL, REUSE = 12, 5  # Painted batches, and how often each is used before others come.
 
 Training = Annotated[config.Config, tyro.conf.arg(name="")]  # Its options have no prefix.
+
+
+# What a run's heads are textured with: its target, and the networks that it looks with.
+TOLD = (
+    *("base", "prompt", "negative_prompt", "edit", "source_prompt"),
+    *("diffusion", "controlnet", "ip_adapter", "lora", "embedding", "vae", "features", "clip"),
+    *("image_scale", "view_words", "trunc"),
+)
+PAINTING = ("method", "guidance", "depth_scale", "targets")  # Where the run painted targets, too.
 
 
 @dataclass
@@ -51,27 +73,28 @@ class Config:
     """Options of avatar.py: train.py's, and these."""
 
     run: Training
-    ckpt: str = ""  # Run or generator of which the head of --seed is taken, in place of a new one.
+    ckpt: str = ""  # Run or generator that the head of --seed is taken of; nothing is adapted.
     latents: Path | None = None  # A person that invert.py found, in place of the search.
     search: int = 96  # Heads that are looked through; 0: the head of --seed is taken.
     refine: bool = True  # Whether the prior paints over the texture.
-    level: float = 0.75  # Diffusion time at which it does: how much may change.
-    views: int = 8  # From which the texture is painted: front, sides, back.
-    voxels: int = 160  # Of the mesh, per side.
+    level: float = 0.75  # Diffusion time up to which the prior repaints: how much may change.
+    views: int = 8  # Number of views that the texture is painted from: front, sides, back.
+    voxels: int = 160  # Resolution of the mesh: voxels along a side.
     faces: int = 20_000  # Most triangles of the mesh.
     texture: int = 0  # Side of the texture, texels; 0: four times that of the generator's pictures.
-    frames: int = 90  # Of the video.
+    frames: int = 90  # Number of frames of the video.
 
     def __post_init__(self) -> None:
         """Replace the ~ of paths."""
-        self.ckpt = os.path.expanduser(self.ckpt)
+        self.ckpt = portable(os.path.expanduser(self.ckpt))
         self.latents = self.latents and self.latents.expanduser()
 
 
 def parse(argv: Sequence[str], description: str | None) -> Config:
     """Read the options of a command line, and refuse what cannot work.
 
-    As in `config.parse`, base and method are read first: they set the defaults of all others.
+    As in `config.parse`, base and method are read first: they set the defaults of all others. With
+    --ckpt these are what the run was told.
 
     Raises:
         ValueError: see `check`.
@@ -80,30 +103,45 @@ def parse(argv: Sequence[str], description: str | None) -> Config:
     argv = merge_repeats(list(argv), config.ADDITIVE)
     quiet = [word for word in argv if word not in ("-h", "--help")]
     read = parse_options(Config, quiet, "", Config(config.Config(base="puppets360")))
-    given: dict[str, Any] = {
-        name: getattr(read.run, name) for name in ("base", "method", "prompt", "edit", "image")
-    }
-    if read.ckpt and Path(read.ckpt).is_dir() and not (given["prompt"] or given["image"]):
-        given |= told(Path(read.ckpt))
+    given = {n: getattr(read.run, n) for n in ("base", "method", "prompt", "edit", "image")}
+    if read.ckpt:
+        name = (
+            f"{Path(locate(read.ckpt)).name.removesuffix('.safetensors')}-seed{read.run.seed:04d}"
+        )
+        given |= {"generator": read.ckpt, "out": Path("runs", name)}
+        run = run_of(read.ckpt)
+        target = {"prompt": read.run.prompt, "image": read.run.image}
+        given |= told(run) if run else {}
+        if any(target.values()):
+            given |= target | {"edit": ""}
+        elif not (read.refine or given["prompt"] or given["image"]):
+            given["prompt"] = read.run.source_prompt  # Nothing is painted.
     usual = settle(**given)
-    if read.ckpt:  # Its own folder, which the words would name too, stays as it is.
-        name = f"{Path(read.ckpt).resolve().stem}-seed{read.run.seed:04d}"
-        usual = replace(usual, out=Path("runs", name))
     cfg = parse_options(Config, argv, description, Config(usual))
+    if cfg.run.base != usual.base:
+        raise ValueError(f"--ckpt {cfg.ckpt} is a run on --base {usual.base}, got {cfg.run.base}")
     check(cfg)
     return cfg
 
 
+def run_of(ckpt: str) -> Path | None:
+    """Return the run folder that --ckpt names, or that its file lies in."""
+    path = Path(locate(ckpt))
+    folders = [path] if path.is_dir() else [path.parent] if path.is_file() else []
+    return next((x for x in folders if x == path or (x / "config.json").is_file()), None)
+
+
 def told(run: Path) -> dict[str, Any]:
-    """Return the target of a run, which is its heads' too.
+    """Return the options of a run that its heads are textured with.
 
     Raises:
         ValueError: it is no run.
     """
     settings = read_settings(run)
+    names = TOLD + PAINTING * (settings["method"] == "denoised")
     kept = sorted(run.glob("reference*.png"))
-    known = {name: settings[name] for name in ("base", "method") if name in settings}
-    return known | {"prompt": settings["prompt"], "image": tuple(kept) if settings["image"] else ()}
+    known = {name: settings[name] for name in names if name in settings}
+    return known | {"image": tuple(kept) if settings["image"] else ()}
 
 
 def settle(**given: Any) -> config.Config:
@@ -138,18 +176,29 @@ def check(cfg: Config) -> None:
         ("--views", cfg.views, 4, 64),
         ("--voxels", cfg.voxels, 16, 512),
         ("--faces", cfg.faces, 100, 1_000_000),
-        ("--texture", cfg.texture, 0, 8192),
+        ("--texture", cfg.texture or 64, 64, 4096),
         ("--frames", cfg.frames, 2, MOST_FRAMES[ending()]),
+        ("--seed", cfg.run.seed, 0, 2**32 - 1),
     ):
         if not low <= value <= high:
             raise ValueError(f"{flag} must be {low} to {high}, got {value}")
     if cfg.views % 2:
         raise ValueError(f"--views must be even, for the front and the back, got {cfg.views}")
+    if cfg.run.weights.distance:
+        raise ValueError("--weights.distance compares heads with each other: here is only one")
     if cfg.ckpt:
         check_source("--ckpt", cfg.ckpt)
     if cfg.latents and not cfg.latents.is_file():
         raise ValueError(f"--latents {cfg.latents} is no file")
     config.check(cfg.run)
+    check_run(cfg.run.out, settings(cfg), config.usual_settings(cfg.run))
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """Return what a folder was made with, as JSON knows it; its mesh may be made anew."""
+    person = checksum(cfg.latents.read_bytes()) if cfg.latents else ""
+    head = {"ckpt": cfg.ckpt, "latents": person, "search": cfg.search}
+    return config.settings(cfg.run) | {"avatar": head}
 
 
 if __name__ == "__main__":
@@ -158,16 +207,15 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import train
-from files.generators import AVATAR, load_generator, save_generator
+from files.generators import load_generator, save_generator
 from guides import Guides
 from harness.devices import flush_denormals, keep_freed_memory, pick_device
 from harness.pictures import image_grid, save_image, save_pictures, to_image
-from harness.run_folder import claim_run, locate, sole_writer
-from harness.store import write_bytes
 from models.generator import Generator
 from models.noise import noise_error
 from models.texture import to_textured_glb
@@ -181,6 +229,8 @@ TURNS = (0.0, 0.7)  # Yaws at which heads are compared with the prompt [rad].
 ROUNDS = (2, 8), (4, 32)
 LEVELS = (0.7, 0.98)  # Of the noise, as diffusion times: shapes show late.
 SHOWN = 8  # Heads in search.png.
+START = "start.safetensors"  # In a folder: a generator of the head that was found.
+VIDEO = 512  # Pixels up to which the video is twice as large as the generator's pictures.
 # The way from the best code on: steps; rate, in deviations of w; weight of being a typical head.
 WAY, RATE, TYPICAL, CODES = 12, 0.02, 0.005, 1000
 
@@ -189,23 +239,35 @@ def main(cfg: Config) -> None:
     """Make one head, or go on making it.
 
     Raises:
-        ValueError: an option cannot be used.
+        ValueError: an option cannot be used; nothing has been written.
         FloatingPointError: see train.py.
         SystemExit: after Ctrl+C, once a checkpoint is saved.
     """
     check(cfg)
     if cfg.run.dry_run:
-        train.main(cfg.run)
+        own = {name: value for name, value in vars(cfg).items() if name != "run"}
+        print(json.dumps(settings(cfg) | own, indent=2, default=str))
         return
     flush_denormals()
     keep_freed_memory()
     run, device = cfg.run, pick_device(cfg.run.device)
+    start, shown = run.out / START, None
     with sole_writer(run.out):
-        head = {name: str(getattr(cfg, name) or "") for name in ("ckpt", "latents", "search")}
-        settings = config.settings(run) | {"avatar": head}  # Its mesh may be made anew.
-        claim_run(run.out, settings, config.usual_settings(run))
+        if cfg.ckpt:
+            G = take(cfg, device)
+        elif not start.exists():
+            G, shown = find(cfg, device)
+        claim_run(run.out, settings(cfg), config.usual_settings(run))
         save_pictures(config.references(run), run.out / "reference.png")
-        found, made = adapt(cfg, device) if not cfg.ckpt else (None, take(cfg, device))
+        if shown:
+            save_image(shown, run.out / "search.png")
+        if cfg.ckpt:
+            save_generator(G, run.out / AVATAR)
+            found, made = None, seed_to_subject(G, 0)
+        else:
+            if not start.exists():
+                save_generator(G, start)
+            found, made = adapt(cfg, device)
         head = texture_head(
             made, cfg.views, cfg.voxels, cfg.faces, cfg.texture or 4 * made.G.img_resolution
         )
@@ -214,44 +276,67 @@ def main(cfg: Config) -> None:
         write_results(cfg, found, made, head)
 
 
+def find(cfg: Config, device: torch.device) -> tuple[Generator, Image.Image | None]:
+    """Return a generator of the one head that is going to be adapted, and what was looked through.
+
+    Raises:
+        ValueError: a network cannot be loaded, or does not fit the others.
+    """
+    run, shown = cfg.run, None
+    G = load_generator(locate(run.generator), device)
+    if "planes" not in G.gives or not G.z_dim:
+        raise ValueError(f"{run.generator} cannot be adapted to one head: no planes, or no z")
+    guides = load_painter(run, G, device)
+    if cfg.latents:
+        person = load_person(cfg.latents, G)
+        G, ws = show(G, person).G, person.ws
+    elif cfg.search:
+        ws, shown = search(cfg, G, guides)
+    else:
+        ws = seed_to_ws(G, run.seed, run.trunc)
+    G.keep_one_head(ws)
+    return G, shown
+
+
 def adapt(cfg: Config, device: torch.device) -> tuple[Subject, Subject]:
-    """Find the head and adapt it; return it before and after."""
-    run = cfg.run
-    start = run.out / "start.safetensors"
-    if not start.exists():
-        G = load_generator(locate(run.generator), device)
-        if "planes" not in G.gives or not G.z_dim:
-            raise ValueError(f"{run.generator} cannot be adapted to one head: no planes, or no z")
-        if cfg.latents:
-            person = load_person(cfg.latents, G)
-            G, ws = show(G, person).G, person.ws
-        elif cfg.search:
-            ws = search(cfg, G, device)
-        else:
-            ws = seed_to_ws(G, run.seed, run.trunc)
-        G.keep_one_head(ws)
-        save_generator(G, start)
-    fit = replace(run, generator=str(start), out=run.out / "fit")
-    train.main(fit)
-    before, after = load_generator(start, device), load_generator(fit.out, device)
-    save_generator(after, run.out / AVATAR)
+    """Adapt the head that was found; return it before and after."""
+    start, fit = cfg.run.out / START, cfg.run.out / "fit"
+    if (fit / "config.json").exists():  # If the folder was moved, its generator moved with it.
+        then = read_settings(fit) | {"generator": portable(str(start))}
+        write_text(fit / "config.json", json.dumps(then, indent=2) + "\n")
+    train.main(replace(cfg.run, generator=portable(str(start)), out=fit))
+    before, after = load_generator(start, device), load_generator(fit, device)
+    save_generator(after, cfg.run.out / AVATAR)
     return seed_to_subject(before, 0), seed_to_subject(after, 0)
 
 
-def take(cfg: Config, device: torch.device) -> Subject:
-    """Return the head of --seed of --ckpt, and write it as a generator of this head alone."""
-    G = load_generator(cfg.ckpt, device)
+def take(cfg: Config, device: torch.device) -> Generator:
+    """Return a generator of the head of --seed of --ckpt alone.
+
+    Raises:
+        ValueError: see `find`.
+    """
+    G = load_generator(locate(cfg.ckpt), device)
     if "planes" not in G.gives:
         raise ValueError(f"--ckpt {cfg.ckpt} makes pictures without a shape")
+    if cfg.refine:
+        load_painter(cfg.run, G, device)  # What is wrong with it is said now.
     if G.z_dim:  # Else it is one head already.
         G.keep_one_head(seed_to_ws(G, cfg.run.seed, cfg.run.trunc))
-    save_generator(G, cfg.run.out / AVATAR)
-    return seed_to_subject(G, 0)
+    return G
 
 
 def load_painter(run: config.Config, G: Generator, device: torch.device) -> Guides:
-    """Load the prior as the texture needs it, with CLIP."""
+    """Load the prior as painting needs it, with CLIP.
+
+    Methods that paint nothing have a guidance and a depth for other purposes; those of denoised
+    targets take their place.
+    """
     alone = replace(run, weights=config.Weights(denoised=1.0))
+    if run.method != "denoised":
+        usual = config.preset(run.base, "denoised", prompt=run.prompt, image=run.image)
+        painting = {name: getattr(usual, name) for name in PAINTING}
+        alone = replace(alone, **painting)
     pictures = config.references(run)
     reference = torch.cat([to_image(picture) for picture in pictures]) if pictures else None
     return load_guides(alone, G, reference, device)
@@ -260,45 +345,46 @@ def load_painter(run: config.Config, G: Generator, device: torch.device) -> Guid
 # The search.
 
 
-def search(cfg: Config, G: Generator, device: torch.device) -> Tensor:
-    """Return the code [1, num_ws, w_dim] of the head that fits best, and draw the best ones.
+def search(cfg: Config, G: Generator, guides: Guides) -> tuple[Tensor, Image.Image]:
+    """Return the code [1, num_ws, w_dim] of the head that fits best, and a picture of the best.
 
     CLIP ranks heads seen from the front and from the side, for several wordings. Of the better
     half the prior tells which it explains better with the prompt's words than without them, and
     of the best of these once more, with more noise. Then the best code is moved along CLIP's
     gradient, as long as the prior agrees.
     """
-    guides = load_painter(cfg.run, G, device)
     layers = seed_to_ws(G, 0).shape[1]
-    codes = draw_codes(G, cfg.search, cfg.run.seed)[:, None].expand(-1, layers, -1)
+    codes = draw_codes(G, cfg.search, cfg.run.seed, cfg.run.trunc)[:, None].expand(-1, layers, -1)
     turns = torch.tensor(TURNS)
-    c = G.cameras.label(turns, torch.zeros_like(turns)).to(device)  # [K, 25]
-    with torch.no_grad():
-        bar = tqdm(codes.split(1), desc="search", unit="head")
-        pictures = [see(G, ws, c).cpu() for ws in bar]  # [K, 3, R, R] each.
-        target = wordings(guides)
-        fits = [clip_fit(guides, images.to(device), target).item() for images in pictures]
+    c = G.cameras.label(turns, torch.zeros_like(turns)).to(codes.device)  # [K, 25]
+
+    def look(ws: Tensor) -> Tensor:
+        with torch.no_grad():
+            return see(G, ws, c)  # [K, 3, R, R]
+
+    target = wordings(guides)
+    bar = tqdm(codes.split(1), desc="search", unit="head")
+    fits = [clip_fit(guides, look(ws), target).item() for ws in bar]
     best = sorted(range(len(fits)), key=lambda i: fits[i], reverse=True)
     if cfg.run.prompt:
         left = len(best)
         for share, draws in ROUNDS:
             left = -(-left // share)
             for i in tqdm(best[:left], desc="ask the prior", unit="head"):
-                fits[i] = explained(guides, pictures[i].to(device), c, draws)
+                fits[i] = explained(guides, look(codes[i : i + 1]), c, draws)
             best[:left] = sorted(best[:left], key=lambda i: fits[i], reverse=True)
     ws = codes[best[:1]]
     moved = climb(G, guides, ws, c, target)
-    if cfg.run.prompt and explained(guides, see(G, moved, c).detach(), c, draws) < fits[best[0]]:
+    if cfg.run.prompt and explained(guides, look(moved), c, draws) < fits[best[0]]:
         moved = ws
-    rows = torch.stack([pictures[i] for i in best[:SHOWN]], dim=1)  # [K, N, 3, R, R]
-    save_image(image_grid(list(rows)), cfg.run.out / "search.png")
-    return moved.clone()
+    rows = torch.stack([look(codes[i : i + 1]).cpu() for i in best[:SHOWN]], dim=1)
+    return moved.clone(), image_grid(list(rows))  # Rows are [K, N, 3, R, R].
 
 
-def see(G: Generator, ws: Tensor, c: Tensor) -> Tensor:
+def see(G: Generator, ws: Tensor, c: Tensor, **options: Any) -> Tensor:
     """Return pictures of heads, each from all cameras, [B * K, 3, R, R]; always the same jitter."""
     torch.manual_seed(0)
-    return G.synthesis(ws, c[None].expand(len(ws), -1, -1))["image"]
+    return G.synthesis(ws, c[None].expand(len(ws), -1, -1), **options)["image"]
 
 
 def said_of_source(prompt: str, source_prompt: str) -> str:
@@ -358,7 +444,8 @@ def climb(G: Generator, guides: Guides, ws: Tensor, c: Tensor, target: Tensor) -
     for _ in tqdm(range(WAY), desc="climb", unit="step"):
         moved = ws + deviation * change
         typical = ((moved - mean) / deviation).square().mean()
-        loss = TYPICAL * typical - clip_fit(guides, see(G, moved, c), target)
+        images = see(G, moved, c, force_fp32=True)  # Half precision would lose small gradients.
+        loss = TYPICAL * typical - clip_fit(guides, images, target)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -379,12 +466,14 @@ def write_results(cfg: Config, found: Subject | None, made: Subject, head: Textu
     save_image(image_grid(rows), out / "avatar.png")
     hint()
     rim = made.G.cameras.rim(torch.arange(cfg.frames) * (2 * torch.pi / cfg.frames))
-    frames = tqdm(head.turn(rim, 2 * size), total=cfg.frames, desc="video", unit="frame")
-    save_video(frames, out / f"avatar{ending()}")
+    frames = head.turn(rim, max(size, min(2 * size, VIDEO)))
+    bar = tqdm(frames, total=cfg.frames, desc="video", unit="frame")
+    save_video(bar, out / f"avatar{ending()}")
+    name = shlex.quote(str(out))
     print(f"{out / 'avatar.glb'} written: {len(head.atlas.triangles)} triangles")
     print(f"  look    {out / 'avatar.png'}, {out / f'avatar{ending()}'}")
-    print(f"  render  python render.py --ckpt {out / 'avatar.safetensors'} --seeds 0 --orbit 120")
-    print(f"  play    python view.py --ckpt {out / 'avatar.safetensors'}")
+    print(f"  render  python render.py --ckpt {name} --orbit 120 --out {name}/renders")
+    print(f"  play    python view.py --ckpt {name}")
 
 
 if __name__ == "__main__":

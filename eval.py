@@ -27,6 +27,7 @@ from pathlib import Path
 from harness.cli import exit_codes, read_options
 from harness.pictures import find_pictures, is_ours
 from harness.run_folder import (
+    AVATAR,
     FREE_TO_CHANGE,
     check_folder,
     locate,
@@ -157,6 +158,8 @@ def run_settings(ckpt: Path) -> dict:
     Raises:
         ValueError: the path is no run folder, or the run has no result yet.
     """
+    if (ckpt / AVATAR).is_file():
+        raise ValueError(f"--ckpt {ckpt} holds one head alone, which cannot be scored")
     if not ckpt.is_dir():
         raise ValueError(f"--ckpt {ckpt} is no run folder, so there is no source to compare with")
     settings = read_settings(ckpt)

@@ -164,6 +164,8 @@ def main(cfg: Config) -> None:
     keep_freed_memory()
     device, begun = pick_device(cfg.device), time.time()
     G = load_generator(locate(cfg.ckpt), device)
+    if not G.z_dim:
+        raise ValueError(f"--ckpt {cfg.ckpt} shows one head alone: nobody can be found in it")
     vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
     make_folder(cfg.out.absolute().parent)
     probe = fit_probe(G, vit, cfg)

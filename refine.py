@@ -9,7 +9,7 @@ is optimised until its renders are these pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import pi
 
 import torch
@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from guides import Guides
 from harness.pictures import image_grid
+from models.cameras import BEYOND
 from models.mesh import extract_mesh
 from models.noise import repaint
-from models.texture import Atlas, Look, blend, fit, look, see_texels, unwrap
+from models.texture import Atlas, Look, blend, fit, look, see_texels, spread_seen, unwrap
 from subjects import Subject
 
 PITCH = -0.1  # Of the views [rad].
@@ -40,7 +41,7 @@ class Textured:
     first: Tensor  # Texture of the generator's own views, [1, 3, S, S].
     texture: Tensor  # The refined one; the first, if nothing was refined.
     cameras: Tensor  # Of the views, [N, 25].
-    pictures: Tensor  # Their refined pictures, [N, 3, R, R].
+    pictures: Tensor  # What the texture was made of: their pictures, [N, 3, R, R].
 
     def draw(self, c: Tensor, size: int, texture: Tensor | None = None) -> Tensor:
         """Render from a camera c [25], [1, 3, size, size]; with another texture, if it is given."""
@@ -54,15 +55,24 @@ class Textured:
             yield image_grid([self.draw(c, size)])
 
 
-def yaws(views: int) -> list[float]:
-    """Return turns of the camera: the front, left and right in turn, and last the back."""
-    steps = views // 2
-    sides = [side * i * pi / steps for i in range(1, steps) for side in (1, -1)]
-    return [0.0, *sides, pi]
+def yaws(views: int, widest: float = pi) -> list[float]:
+    """Return turns of the camera: the front, left and right in turn up to the widest.
+
+    Args:
+        views: How many, even. Turns less than all round have no back, and one view less.
+        widest: Of the turns [rad]; pi ends with the back.
+    """
+    pairs = views // 2 - 1
+    step = widest / (pairs + 1 if widest == pi else pairs)
+    sides = [side * i * step for i in range(1, pairs + 1) for side in (1, -1)]
+    return [0.0, *sides, *([pi] if widest == pi else [])]
 
 
 def texture_head(subject: Subject, views: int, voxels: int, faces: int, size: int) -> Textured:
     """Return a head's mesh, textured by the generator's own pictures.
+
+    A generator that was trained on fronts draws a second face behind. It is seen no further to the
+    side than it can be, and what lies behind gets the colours at the border of that.
 
     Args:
         subject: The head.
@@ -81,12 +91,16 @@ def texture_head(subject: Subject, views: int, voxels: int, faces: int, size: in
     if mesh is None:
         raise ValueError("no mesh of this head: nothing to see")
     atlas = unwrap(mesh, size)
-    turns = torch.tensor(yaws(views))
-    cameras = G.cameras.label(turns, torch.full((views,), PITCH))
+    widest = pi if G.cameras.all_round else BEYOND * G.cameras.yaw_range
+    turns = torch.tensor(yaws(views, widest))
+    cameras = G.cameras.label(turns, torch.full_like(turns, PITCH))
     pictures = torch.cat([subject.see(c)["image"].cpu() for c in cameras.split(1)]).clamp(-1, 1)
     looks = [look(atlas, c, LARGER * pictures.shape[-1]) for c in cameras]
     seen = [see_texels(atlas, *pair) for pair in zip(looks, pictures.split(1), strict=True)]
-    first, _ = blend(atlas, seen)
+    first, best = blend(atlas, seen)
+    if not G.cameras.all_round:
+        atlas = spread_seen(replace(atlas, start=first), best > UNSEEN)
+        first, _ = blend(atlas, seen)
     return Textured(atlas, first, first, cameras, pictures)
 
 

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files.generators import AVATAR, load_generator, sort_header
-from harness.run_folder import locate, read_settings
+from files.generators import load_generator, sort_header
+from harness.run_folder import AVATAR, locate, read_settings
 from harness.store import write_bytes
 from models.fingerprints import fingerprint_generator
 from models.generator import Generator, Outputs
@@ -84,7 +84,7 @@ def seed_to_ws(G: Generator, seed: int, trunc: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
-def draw_codes(G: Generator, count: int, seed: int) -> Tensor:
+def draw_codes(G: Generator, count: int, seed: int, trunc: float = 1.0) -> Tensor:
     """Return style codes w [count, w_dim] of random heads, seen from the front.
 
     Raises:
@@ -95,7 +95,7 @@ def draw_codes(G: Generator, count: int, seed: int) -> Tensor:
     device = next(iter(G.parameters())).device
     z = torch.randn(count, G.z_dim, generator=torch.Generator().manual_seed(seed))
     parts = [
-        G.mapping(part.to(device), G.cameras.frontal(len(part)).to(device))[:, 0]
+        G.mapping(part.to(device), G.cameras.frontal(len(part)).to(device), trunc)[:, 0]
         for part in z.split(1000)
     ]
     return torch.cat(parts)
@@ -231,6 +231,8 @@ def load_person(path: Path, G: Generator) -> Person:
     Raises:
         ValueError: there is no such file, or it fits another generator.
     """
+    if not G.z_dim:
+        raise ValueError(f"--latents {path}: this generator shows one head alone, and nobody else")
     tensors, header = read_tensors(path, LATENTS)
     device = next(iter(G.parameters())).device
     tensors = {name: x.float().to(device) for name, x in tensors.items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cli import exit_codes, read_options
-from harness.run_folder import check_source
+from harness.run_folder import AVATAR, check_source
 
 
 @dataclass
@@ -76,6 +76,7 @@ from torch import Tensor
 from harness.devices import pick_device
 from harness.pictures import to_uint8
 from harness.video import ending, save_video
+from models.cameras import BEYOND
 from models.generator import Generator
 from models.mesh import extract_mesh, save_mesh
 from render import depth_images, frames_of
@@ -97,7 +98,6 @@ if TYPE_CHECKING:
 SETTLED = 0.3  # Seconds without a change after which the whole picture is made.
 FAR = 2.7  # Where the page's camera is at first; nearer is larger.
 MOST_ZOOM = 3.0
-BEYOND = 1.3  # Times the range of training views: as far as heads can be turned.
 RENDERING = threading.Lock()  # One picture at a time: torch's random numbers are one stream.
 
 
@@ -139,7 +139,8 @@ class Stage:
             directions = tuple(read_tensors(cfg.directions, DIRECTIONS)[0])
         for path in cfg.latents:
             load_person(path, base)  # Refused now, not when somebody asks for it.
-        glb = Path(cfg.ckpt[0], "avatar.glb")
+        first = Path(cfg.ckpt[0])
+        glb = (first.parent if first.name == AVATAR else first) / "avatar.glb"
         mesh = glb.read_bytes() if glb.is_file() else b""
         return cls(cfg, source, base, tuple(names), tuple(changes), directions, mesh)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from files.official import read_official_pickle, read_saved_file
 from harness.download import check_downloaded, fetch
+from harness.run_folder import AVATAR
 from harness.store import checksum, write_bytes
 from models.cameras import LABEL_SIZE
 from models.eg3d import TriPlaneGenerator
@@ -45,7 +46,6 @@ FILE_ERRORS = (
     TypeError,
     ValueError,
 )
-AVATAR = "avatar.safetensors"  # In a folder of avatar.py: a generator of one head.
 MAX_RENDER = 4096  # Pixels before super-resolution; a guard against files.
 
 

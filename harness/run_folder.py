@@ -22,6 +22,7 @@ from harness.download import HUB_ID, MIRRORS
 from harness.store import checksum, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+AVATAR = "avatar.safetensors"  # In a folder of avatar.py: a generator of one head.
 RUN_FILES = (
     "config.json",
     "log.jsonl",

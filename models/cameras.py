@@ -21,6 +21,7 @@ ELLIPSE_PITCH = -0.05  # Middle of the ellipse of views [rad]: a little above th
 VIEW_WORDS = ("front view", "side view", "back view")
 SIDES = (math.pi / 3, 2 * math.pi / 3)  # Yaws where side views begin and end [rad].
 ALL_ROUND = 3.1  # A yaw range above means every side [rad].
+BEYOND = 1.3  # Times the range of training views: as far as heads can be turned.
 LABEL_SIZE = 25  # Numbers in a camera label.
 
 

@@ -7,7 +7,8 @@ are [.., 3] or [1, 3, S, S] in [-1, 1]. Needs xatlas for the atlas, scipy, and t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,7 +60,17 @@ class Look:
     c: Tensor  # The camera's label, [25].
     fragments: Fragments
     uv: Tensor  # Where in the texture each pixel is, [n, n, 2].
-    edge: Tensor  # Pixels beside an edge, 0, to those far from any, 1, [n, n].
+
+    @cached_property
+    def edge(self) -> Tensor:
+        """Pixels beside an edge, 0, to those far from any, 1, [n, n]."""
+        from scipy.ndimage import distance_transform_edt
+
+        depth = self.fragments.depth.nan_to_num(posinf=1e3)[None, None]
+        most = F.max_pool2d(depth, 3, 1, 1)
+        smooth = (most + F.max_pool2d(-depth, 3, 1, 1) < JUMP)[0, 0]
+        edge = torch.from_numpy(distance_transform_edt(smooth.numpy())).float()
+        return (edge / (FEATHER * len(edge))).clamp(max=1)
 
     @property
     def mask(self) -> Tensor:
@@ -128,12 +139,19 @@ def unwrap(mesh: Mesh, size: int) -> Atlas:
         F.normalize(outwards, dim=1),
         start,
     )
-    return _with_start(made)
+    return replace(made, start=made.fill(start))
 
 
-def _with_start(atlas: Atlas) -> Atlas:
-    """Return an atlas whose first texels have become a texture."""
-    return Atlas(**{**vars(atlas), "start": atlas.fill(atlas.start)})
+def spread_seen(atlas: Atlas, seen: Tensor) -> Atlas:
+    """Give texels that are not seen [N] the start of the nearest one that is, in the world."""
+    from scipy.spatial import cKDTree
+
+    if not seen.any():
+        return atlas
+    start = atlas.texels(atlas.start)
+    _, nearest = cKDTree(atlas.points[seen].numpy()).query(atlas.points[~seen].numpy())
+    start[~seen] = start[seen][torch.from_numpy(nearest)]
+    return replace(atlas, start=atlas.fill(start))
 
 
 def vertex_normals(vertices: Tensor, triangles: Tensor) -> Tensor:
@@ -148,15 +166,8 @@ def vertex_normals(vertices: Tensor, triangles: Tensor) -> Tensor:
 
 def look(atlas: Atlas, c: Tensor, size: int) -> Look:
     """Return what the camera c [25] sees of a mesh, at size x size pixels."""
-    from scipy.ndimage import distance_transform_edt
-
     fragments = rasterise(project(atlas.vertices, c, size), atlas.triangles, size, size)
-    uv = fragments.interpolate(atlas.uv, atlas.triangles)
-    depth = fragments.depth.nan_to_num(posinf=1e3)[None, None]
-    most = F.max_pool2d(depth, 3, 1, 1)
-    smooth = (most + F.max_pool2d(-depth, 3, 1, 1) < JUMP)[0, 0]
-    edge = torch.from_numpy(distance_transform_edt(smooth.numpy())).float()
-    return Look(c, fragments, uv, (edge / (FEATHER * size)).clamp(max=1))
+    return Look(c, fragments, fragments.interpolate(atlas.uv, atlas.triangles))
 
 
 def see_texels(atlas: Atlas, view: Look, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +182,7 @@ def see_texels(atlas: Atlas, view: Look, image: Tensor) -> tuple[Tensor, Tensor]
         Colours [N, C], and how well each texel is seen there [N]: the cosine between its normal and
         the way to the camera, less towards edges, 0 where it is hidden.
     """
-    size = view.edge.shape[-1]
+    size = len(view.uv)
     seen = project(atlas.points, view.c, size)  # [N, 3]
     grid = (seen[:, :2] / size * 2 - 1)[None, None]  # [1, 1, N, 2]
 
@@ -243,7 +254,7 @@ def fit(
         loss = stay * change.square().mean()
         loss = loss + grain * sum(change.diff(dim=d).square().mean() for d in (2, 3))
         for view, image, weight in pictures:
-            drawn = F.avg_pool2d(view.draw(learnt), view.edge.shape[-1] // image.shape[-1])
+            drawn = F.avg_pool2d(view.draw(learnt), len(view.uv) // image.shape[-1])
             error = (drawn - image).square() * weight
             loss = loss + error.sum() / weight.sum().clamp_min(1) / len(pictures)
         adam.zero_grad()

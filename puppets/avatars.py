@@ -26,6 +26,7 @@ from torch import Tensor
 
 import avatar
 import eval as evaluation
+from files.generators import save_generator
 from harness.cli import run_cli
 from harness.devices import flush_denormals, keep_freed_memory
 from harness.pictures import save_image
@@ -175,10 +176,12 @@ def make_heads(part: str, prompt: str, seed: int) -> tuple[Subject, Subject]:
     """Return a head before and after its adaptation; parts with a search share it."""
     cfg = options(part, prompt, seed)
     cfg.run.out.mkdir(parents=True, exist_ok=True)
-    first = options(LAST, prompt, seed).run.out / "start.safetensors"
-    start = cfg.run.out / "start.safetensors"
+    first = options(LAST, prompt, seed).run.out / avatar.START
+    start = cfg.run.out / avatar.START
     if cfg.search and first.exists() and not start.exists():
         shutil.copy(first, start)
+    if not start.exists():
+        save_generator(avatar.find(cfg, torch.device("cpu"))[0], start)
     heads = avatar.adapt(cfg, torch.device("cpu"))
     if cfg.search and not first.exists():
         first.parent.mkdir(parents=True, exist_ok=True)

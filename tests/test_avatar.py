@@ -1,5 +1,6 @@
 """One head: its generator, its own planes' terms, the prior's brush, and all of avatar.py."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -22,12 +23,14 @@ from video_fixtures import read_frames
 
 import avatar
 import config
+import eval as evaluation
+import invert
 import refine
 import render
 import subjects
 import train
-from files.generators import AVATAR, load_generator, save_generator
-from harness.run_folder import REPOSITORY
+from files.generators import load_generator, save_generator
+from harness.run_folder import AVATAR, REPOSITORY
 from harness.video import MOST_FRAMES, ending
 from losses import opacity_loss, variation_loss
 from models.diffusion import Condition
@@ -420,7 +423,6 @@ def test_the_search_takes_of_clips_better_half_what_the_prior_explains_best(
 
     there = codes[dark.argmax() if climbed == "better" else dark.argmin()]
 
-    monkeypatch.setattr(avatar, "load_painter", lambda *_: believing())
     monkeypatch.setattr(avatar, "wordings", lambda _: None)
     monkeypatch.setattr(avatar, "clip_fit", lambda guides, images, target: images[:, 0].mean())
     asked = []
@@ -432,11 +434,9 @@ def test_the_search_takes_of_clips_better_half_what_the_prior_explains_best(
     monkeypatch.setattr(avatar, "explained", explained)
     monkeypatch.setattr(avatar, "ROUNDS", ((2, 1), (2, 5)))
     monkeypatch.setattr(avatar, "climb", lambda *_: there.expand(1, layers(G), -1))
-    tmp_path.joinpath("out").mkdir()
-    found = avatar.search(cfg, G, torch.device("cpu"))
+    found, shown = avatar.search(cfg, G, believing())
     wanted = there if climbed == "better" else codes[best]
     assert torch.equal(found, wanted.expand(1, layers(G), -1))
-    shown = Image.open(tmp_path / "out/search.png")
     assert shown.size == (7 * 32, 2 * 32)
     assert asked == [1] * 4 + [5] * 2 + [5]  # The half, its half, and the code after the climb.
 
@@ -447,6 +447,11 @@ def test_the_search_takes_of_clips_better_half_what_the_prior_explains_best(
 @pytest.mark.parametrize(("views", "turns"), [(4, [0, 2, -2, 4]), (8, [0, 1, -1, 2, -2, 3, -3, 4])])
 def test_views_go_from_the_front_to_both_sides_in_turn_and_to_the_back(views, turns):
     assert yaws(views) == pytest.approx([turn * np.pi / 4 for turn in turns])
+
+
+def test_views_of_what_has_a_front_alone_go_as_far_as_it_turns():
+    assert yaws(4, 0.6) == pytest.approx([0, 0.6, -0.6])
+    assert yaws(8, 0.6) == pytest.approx([0, 0.2, -0.2, 0.4, -0.4, 0.6, -0.6])
 
 
 @pytest.fixture(scope="module")
@@ -564,6 +569,8 @@ PROMPT = ["--prompt", "a clown"]
         (["--device", "cpu", "--device", "cuda"], "--device is given twice: cpu and cuda"),
         (["--ckpt", "{folder}", "--prompt", ""], "config.json cannot be read"),
         (["--prompt", ""], "no target domain: give --prompt TEXT"),
+        (["--weights.distance", "1"], "--weights.distance compares heads with each other"),
+        (["--seed", "5000000000"], "--seed must be 0 to 4294967295, got 5000000000"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_clear_line(tmp_path, monkeypatch, argv, reason):
@@ -583,7 +590,7 @@ def test_what_cannot_work_is_refused_in_one_clear_line(tmp_path, monkeypatch, ar
         ("level", "0.02 to 0.98", (0.0, 1.0)),
         ("voxels", "16 to 512", (15, 513)),
         ("faces", "100 to 1000000", (99, 1_000_001)),
-        ("texture", "0 to 8192", (-1, 8193)),
+        ("texture", "64 to 4096", (-1, 63, 4097)),
         ("frames", f"2 to {MOST_FRAMES[ending()]}", (1, MOST_FRAMES[ending()] + 1)),
     ],
 )
@@ -628,6 +635,8 @@ def test_one_heads_own_planes_learn_with_what_the_method_lets_learn(tmp_path, mo
     assert cfg.weights == replace(usual.weights, **avatar.OWN)
     assert min(cfg.weights.variation, cfg.weights.opacity) > 0
     assert 0 < cfg.steps < usual.steps and cfg.out == Path("runs/a-clown")
+    # There are no other heads to keep at their distance.
+    assert avatar.settle(prompt="a clown", method="diffusiongan3d").weights.distance == 0
     G = one_head(build_generator())
     for own, pattern in zip(cfg.learns, usual.learns, strict=True):
         names = train.learning_weights(G, own).keys()
@@ -654,6 +663,15 @@ def layers(G):
     return G.backbone.num_ws
 
 
+@functools.cache
+def all_round():
+    """Write the small generator with cameras on all sides, and return its file."""
+    G = build_generator()
+    G.rendering_kwargs = G.rendering_kwargs | {"camera_yaw_range": np.pi}
+    save_generator(G, world() / "round.safetensors")
+    return world() / "round.safetensors"
+
+
 def small_config(folder, changes=None, prompt="a bronze statue", **options):
     """Return options for a small head in folder / "out"."""
     usual = avatar.settle(base="puppets360", method="denoised", prompt=prompt)
@@ -661,7 +679,7 @@ def small_config(folder, changes=None, prompt="a bronze statue", **options):
     parts |= {"features": str(world() / "dino"), "ip_adapter": ""}
     changed = replace(
         usual,
-        generator=str(world() / "generator.safetensors"),
+        generator=str(all_round()),
         out=folder / "out",
         device="cpu",
         **{"steps": 4, "batch": 2, "save_every": 2, "grid_every": 4, **parts},
@@ -686,9 +704,7 @@ def made(tmp_path_factory, short_runs):
 
 
 def copy_of(made, tmp_path):
-    out = Path(shutil.copytree(made, tmp_path / "out"))
-    change_settings(out / "fit", generator=str(out / "start.safetensors"))
-    return out
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def test_a_sentence_becomes_a_head_a_mesh_pictures_and_a_video(made):
@@ -703,7 +719,7 @@ def test_a_sentence_becomes_a_head_a_mesh_pictures_and_a_video(made):
     assert G.own_planes.any() and not torch.equal(portrait(start), portrait(G))
     assert (made / AVATAR).read_bytes() == (made / "fit/generator.safetensors").read_bytes()
     assert Image.open(made / "avatar.png").size == (4 * 32, 3 * 32)  # Found, adapted, its mesh.
-    assert Image.open(made / "search.png").size == (2 * 32, 2 * 32)
+    assert Image.open(made / "search.png").size == (4 * 32, 2 * 32)
     frames = read_frames(made / f"avatar{ending()}")
     assert frames.shape == (3, 64, 64, 3) and np.ptp(frames.astype(int)) > 30
     rows = [json.loads(row) for row in (made / "fit/log.jsonl").read_text().splitlines()]
@@ -774,7 +790,7 @@ def test_another_head_in_the_same_folder_is_refused(made, tmp_path, changed):
 def test_the_mesh_may_be_made_anew_without_the_prior(made, tmp_path, monkeypatch):
     out = copy_of(made, tmp_path)
     monkeypatch.setattr(avatar, "load_painter", None)
-    avatar.main(small_config(tmp_path, refine=False, texture=32))
+    avatar.main(small_config(tmp_path, refine=False, texture=128))
     weights, mesh = result(out)
     assert weights == result(made)[0] and mesh != result(made)[1]
 
@@ -796,6 +812,63 @@ def test_a_run_gives_the_head_of_a_seed(made, tmp_path, short_runs):
     G, head = load_generator(tmp_path / "run"), load_generator(tmp_path / "out")
     assert torch.equal(portrait(head), portrait(G, 3)) and not head.own_planes.any()
     assert not (tmp_path / "out/fit").exists()
+    # It was trained on fronts: three views, none of them from behind.
+    assert Image.open(tmp_path / "out/avatar.png").size == (3 * 32, 2 * 32)
+
+
+def test_a_texture_is_painted_as_the_run_painted_targets(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "fit", tmp_path / "run")
+    lora = str(tmp_path / "mine.safetensors")
+    Path(lora).touch()
+    given = {"guidance": 9.0, "lora": [[lora, 0.5]], "negative_prompt": "blur", "seed": 8}
+    usual = config.preset("ffhq", "denoised").guidance
+    for method, guidance in (("denoised", 9.0), ("nada", usual)):
+        change_settings(tmp_path / "run", method=method, base="ffhq", **given)
+        for ckpt in ("run", "run/", "run/generator.safetensors"):
+            run = avatar.parse(["--ckpt", ckpt], "").run
+            painted = (run.base, run.method, run.lora, run.negative_prompt, run.seed)
+            assert painted == ("ffhq", "denoised", ((lora, 0.5),), "blur", 0)
+            assert run.guidance == guidance
+    told = avatar.parse(["--ckpt", "run", "--prompt", "a clown"], "").run
+    assert told.prompt == "a clown" and told.base == "ffhq" and told.lora
+    assert "run is a run on --base ffhq, got panohead" in refusal(
+        ["--ckpt", "run", "--base", "panohead"]
+    )
+    assert usual not in (9.0, config.preset("ffhq", "nada").guidance)
+
+
+def test_other_methods_paint_with_the_numbers_of_denoised_targets(short_runs, tmp_path):
+    G = load_generator(all_round())
+    for method in ("nada", "denoised"):
+        run = small_config(tmp_path, {"method": method, "guidance": 33.0, "depth_scale": 0.0}).run
+        painter = avatar.load_painter(run, G, torch.device("cpu")).cfg
+        usual = config.preset("puppets360", "denoised", prompt=run.prompt)
+        wanted = (33.0, 0.0) if method == "denoised" else (usual.guidance, usual.depth_scale)
+        assert (painter.guidance, painter.depth_scale) == wanted and usual.depth_scale
+
+
+def test_a_file_alone_needs_no_words_if_nothing_is_painted(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / AVATAR, tmp_path / "mine.safetensors")
+    cfg = avatar.parse(["--ckpt", "mine.safetensors", "--no-refine"], "")
+    assert cfg.run.out == Path("runs/mine-seed0000")
+    assert "no target domain" in refusal(["--ckpt", "mine.safetensors"])
+
+
+def test_dry_run_shows_all_settings_and_writes_nothing(tmp_path, capsys):
+    cfg = small_config(tmp_path, {"dry_run": True})
+    avatar.main(cfg)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["views"] == 4 and shown["prompt"] == cfg.run.prompt
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_search_is_refused_before_anything_is_loaded(made, tmp_path, monkeypatch):
+    copy_of(made, tmp_path)
+    monkeypatch.setattr(avatar, "load_generator", None)
+    with pytest.raises(ValueError, match="another avatar .*'search': 4.*: name another folder"):
+        avatar.main(small_config(tmp_path, search=5))
 
 
 def test_the_head_of_a_run_goes_to_a_folder_of_its_own(made, tmp_path, monkeypatch):
@@ -848,8 +921,32 @@ def test_what_has_no_shape_or_is_one_head_already_is_refused(tmp_path, first_ste
         changes = {"generator": str(tmp_path / f"{name}.safetensors"), "out": tmp_path / name}
         with pytest.raises(ValueError, match="cannot be adapted to one head"):
             avatar.main(small_config(tmp_path, changes))
+        assert not (tmp_path / name).exists()
     with pytest.raises(ValueError, match="flat.safetensors makes pictures without a shape"):
         avatar.main(small_config(tmp_path, ckpt=str(tmp_path / "flat.safetensors")))
+    with pytest.raises(ValueError, match="flat.safetensors holds no latents"):
+        avatar.main(small_config(tmp_path, latents=tmp_path / "flat.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_head_alone_cannot_be_inverted_scored_or_shown_as_another(made, tmp_path):
+    with pytest.raises(ValueError, match="shows one head alone: nobody can be found in it"):
+        photo, vit = REPOSITORY / "docs/photo.png", str(world() / "dino")
+        out = tmp_path / "me.safetensors"
+        invert.main(invert.Config(image=photo, ckpt=str(made), features=vit, out=out))
+    with pytest.raises(ValueError, match="holds one head alone, which cannot be scored"):
+        evaluation.run_settings(made)
+    person = subjects.seed_to_person(build_generator(), 7)
+    subjects.save_person(person, tmp_path / "me.safetensors")
+    with pytest.raises(ValueError, match="this generator shows one head alone"):
+        subjects.load_person(tmp_path / "me.safetensors", load_generator(made))
+
+
+def test_the_search_draws_truncated_codes():
+    G = build_generator()
+    wide, narrow = (subjects.draw_codes(G, 5, 1, trunc) for trunc in (1.0, 0.4))
+    centre = G.backbone.mapping.w_avg
+    torch.testing.assert_close(narrow - centre, 0.4 * (wide - centre))
 
 
 def test_a_picture_alone_is_looked_for_by_clip_alone(tmp_path, first_steps, monkeypatch):

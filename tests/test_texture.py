@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from PIL import Image
 from models.cameras import CameraSetup
 from models.mesh import Mesh
 from models.renderer import pixel_rays
-from models.texture import blend, fit, look, see_texels, to_textured_glb, unwrap, vertex_normals
+from models.texture import (
+    blend,
+    fit,
+    look,
+    see_texels,
+    spread_seen,
+    to_textured_glb,
+    unwrap,
+    vertex_normals,
+)
 
 RADIUS, SIZE = 0.2, 128
 CAMERAS = CameraSetup(pivot=(0.0, 0.0, 0.0), yaw_range=math.pi)
@@ -122,6 +132,17 @@ def test_the_first_texture_has_the_meshs_own_colours():
     atlas = unwrap(mesh._replace(colors=pixels), SIZE)
     found = atlas.texels(atlas.start)
     assert (found - colours(atlas.points)).abs().max() < 1.5 / 127.5
+
+
+def test_what_is_not_seen_gets_the_colour_of_the_nearest_that_is(atlas):
+    seen = atlas.points[:, 2] > 0
+    bright = replace(atlas, start=atlas.fill(atlas.points))
+    spread = bright.texels(spread_seen(bright, seen).start)
+    assert torch.equal(spread[seen], atlas.points[seen])
+    points = atlas.points[~seen][::7]  # Colours are places, so the distance tells whose they are.
+    distance = (spread[~seen][::7] - points).norm(dim=1)
+    torch.testing.assert_close(distance, torch.cdist(points, atlas.points[seen]).amin(1))
+    assert spread_seen(atlas, seen & False) is atlas
 
 
 def test_normals_of_vertices_are_means_by_area():
