@@ -10,6 +10,7 @@ import pytest
 import torch
 from official_pickle import content_of, write_pickle
 from safetensors import safe_open
+from transformers import CLIPTokenizer
 
 import avatar
 import bench
@@ -17,13 +18,15 @@ import config
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY
+from models import full_size
 from models.panohead import PanoHeadGenerator
+
+CPU = torch.device("cpu")
 
 
 def write_stable_diffusion(folder):
     """Write a diffusers folder of Stable Diffusion 1.5's size, in half precision, and return it."""
-    cfg = bench.run_options(bench.Config(random="full", precision="bf16", vae_precision="bf16"))
-    prior = bench.random_prior(cfg, torch.device("cpu"))
+    prior = full_size.random_prior(bench.TOKENIZER, CPU, torch.bfloat16)
     parts = {"vae": prior.vae, "unet": prior.unet, "text_encoder": prior.text_encoder}
     for name, network in (parts | {"controlnet": prior.controlnet}).items():
         network.half().save_pretrained(folder / name)
@@ -90,12 +93,12 @@ def networks(tmp_path_factory):
     files = {"diffusion": write_stable_diffusion(folder / "sd15")}
     files["controlnet"] = files["diffusion"] / "controlnet"
     for name, network in {
-        "features": bench.random_vit(torch.device("cpu")).model,
-        "clip": bench.random_clip(torch.device("cpu")).model,
+        "features": full_size.random_vit(CPU).model,
+        "clip": full_size.random_clip(bench.TOKENIZER, CPU).model,
     }.items():
         files[name] = folder / name
         network.save_pretrained(files[name])
-    bench.puppets_tokenizer().save_pretrained(files["clip"])
+    CLIPTokenizer.from_pretrained(bench.TOKENIZER).save_pretrained(files["clip"])
     return files
 
 
