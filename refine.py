@@ -128,7 +128,7 @@ def refine(head: Textured, guides: Guides, level: float) -> Textured:
         )
         texture = atlas.fill(refined)
     weights = [F.avg_pool2d(view.edge * view.mask, LARGER) for view in looks]
-    texture = fit(texture, list(zip(looks, pictures, weights, strict=True)))
+    texture = fit(atlas, texture, list(zip(looks, pictures, weights, strict=True)))
     return Textured(atlas, head.first, texture, head.cameras, torch.cat(pictures))
 
 

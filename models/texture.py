@@ -224,13 +224,43 @@ def blend(
     return atlas.fill(total / share), best
 
 
+def cuts(atlas: Atlas, points: int = 4) -> tuple[Tensor, Tensor]:
+    """Return where the two sides of all cuts lie in the texture, [M, 2] each, as `Atlas.uv`.
+
+    Args:
+        atlas: The mesh.
+        points: On each edge along which it is cut.
+    """
+    _, place = torch.unique(atlas.vertices, dim=0, return_inverse=True)
+    edges = atlas.triangles[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)  # Inner ones stand there twice.
+    turned = place[edges[:, :1]] > place[edges[:, 1:]]
+    edges = torch.where(turned, edges.flip(1), edges)
+    ends = place[edges]
+    name, order = (ends[:, 0] * len(place) + ends[:, 1]).sort()
+    twice = name[1:] == name[:-1]
+    sides = torch.stack([edges[order[:-1]][twice], edges[order[1:]][twice]])  # [2, E, 2]
+    sides = sides[:, (sides[0] != sides[1]).any(1)]
+    share = (torch.arange(points) + 0.5)[:, None, None] / points
+    one, other = (atlas.uv[side] for side in sides)  # [E, 2, 2] each.
+    first, second = (torch.lerp(x[:, 0], x[:, 1], share).flatten(0, 1) for x in (one, other))
+    return first, second
+
+
+def sample_texture(texture: Tensor, uv: Tensor) -> Tensor:
+    """Return the colours [M, C] of a texture [1, C, S, S] at places [M, 2]; differentiable."""
+    grid = uv[None, None] * 2 - 1
+    return F.grid_sample(texture, grid, padding_mode="border", align_corners=False)[0, :, 0].mT
+
+
 def fit(
+    atlas: Atlas,
     texture: Tensor,
     pictures: Sequence[tuple[Look, Tensor, Tensor]],
     steps: int = 40,
     rate: float = 0.02,
     stay: float = 0.05,
     grain: float = 0.2,
+    seam: float = 0.3,
 ) -> Tensor:
     """Optimise a texture until its pictures are the given ones, where these are to be trusted.
 
@@ -238,6 +268,7 @@ def fit(
     become sharper than the pictures are.
 
     Args:
+        atlas: The mesh.
         texture: Where to begin, [1, 3, S, S].
         pictures: What the camera sees at n x n, the picture [1, 3, m, m], whose size m divides n,
             and its pixels' weights [1, 1, m, m].
@@ -245,7 +276,9 @@ def fit(
         rate: Its learning rate.
         stay: Weight of staying at the beginning, which holds texels that no pixel shows.
         grain: Weight of smooth changes: no picture tells of noise between its pixels.
+        seam: Weight of the same colours on both sides of a cut.
     """
+    here, there = cuts(atlas)
     learnt = texture.clone().requires_grad_()
     adam = torch.optim.Adam([learnt], lr=rate, betas=(0.9, 0.99))
     for step in range(steps):
@@ -253,6 +286,9 @@ def fit(
         change = learnt - texture
         loss = stay * change.square().mean()
         loss = loss + grain * sum(change.diff(dim=d).square().mean() for d in (2, 3))
+        if len(here):
+            jump = sample_texture(learnt, here) - sample_texture(learnt, there)
+            loss = loss + seam * jump.square().mean()
         for view, image, weight in pictures:
             drawn = F.avg_pool2d(view.draw(learnt), len(view.uv) // image.shape[-1])
             error = (drawn - image).square() * weight

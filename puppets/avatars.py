@@ -35,7 +35,7 @@ from harness.store import write_text
 from harness.tables import Row
 from metrics import distances
 from models.features import ClipFeatures
-from models.texture import look
+from models.texture import cuts, look, sample_texture
 from puppets import faces, oracle
 from puppets.data import DOMAIN_NAMES, ROUND_CAMERAS
 from puppets.domains import DOMAINS
@@ -273,7 +273,7 @@ def texture_scores(head: Textured) -> Row:
 
     Returns:
         `psnr_db` of the mesh's renders against the pictures that the texture was made of, on the
-        head; `cut`, the mean difference of colour between the two sides of a cut, and `inside`,
+        head; `cut`, the mean difference of colour between the two sides of all cuts, and `inside`,
         that between neighbouring texels elsewhere.
     """
     atlas, size = head.atlas, head.pictures.shape[-1]
@@ -282,17 +282,11 @@ def texture_scores(head: Textured) -> Row:
         mask = F.avg_pool2d(look(atlas, c, LARGER * size).mask, LARGER) > 0.99
         error = (head.draw(c, size) - picture).square().mean(1, keepdim=True)[mask]
         square, pixels = square + error.sum().item(), pixels + len(error)
-    _, place = torch.unique(atlas.vertices, dim=0, return_inverse=True)
-    grid = atlas.uv[None, None] * 2 - 1
-    colours = F.grid_sample(head.texture, grid, padding_mode="border", align_corners=False)
-    colours = colours[0, :, 0].mT  # [V, 3]
-    means = torch.zeros(len(place), 3).index_add_(0, place, colours)
-    count = torch.bincount(place, minlength=len(place))
-    far = (colours - means[place] / count[place, None]).abs().mean(1)
+    here, there = (sample_texture(head.texture, uv) for uv in cuts(atlas))
     both = atlas.covered[:, 1:] & atlas.covered[:, :-1]
     return {
         "psnr_db": float(10 * np.log10(4 * pixels / square)),
-        "cut": 2 * far[count[place] == 2].mean().item(),
+        "cut": (here - there).abs().mean().item(),
         "inside": head.texture[0].diff(dim=2).abs().mean(0)[both].mean().item(),
     }
 

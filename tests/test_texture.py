@@ -16,8 +16,10 @@ from models.mesh import Mesh
 from models.renderer import pixel_rays
 from models.texture import (
     blend,
+    cuts,
     fit,
     look,
+    sample_texture,
     see_texels,
     spread_seen,
     to_textured_glb,
@@ -291,7 +293,7 @@ def test_fitting_brings_renders_to_the_pictures_and_leaves_alone_what_nobody_see
         for view, c in zip(looks, cameras, strict=True)
     ]
     start = torch.zeros(1, 3, SIZE, SIZE)
-    fitted = fit(start, given, grain=0)
+    fitted = fit(atlas, start, given, grain=0, seam=0)
 
     def error(texture):
         return sum(
@@ -302,7 +304,7 @@ def test_fitting_brings_renders_to_the_pictures_and_leaves_alone_what_nobody_see
     assert error(fitted) < 0.02 * error(start)
     unseen = (torch.stack([towards(atlas, c) for c in cameras]) < -0.1).all(0)
     assert unseen.sum() > 1000 and not atlas.texels(fitted)[unseen].any()
-    held = fit(start, given, stay=1e3, grain=0)
+    held = fit(atlas, start, given, stay=1e3, grain=0, seam=0)
     assert error(start) > error(held) > 10 * error(fitted)
 
 
@@ -312,7 +314,7 @@ def test_fitting_goes_by_the_weights_alone_and_stays_in_range(atlas):
     left[..., :48] = 1
     bright = torch.full((1, 3, 96, 96), 3.0)  # Brighter than colours can be.
     given = [(view, bright, left * view.mask)]
-    fitted = fit(torch.zeros(1, 3, SIZE, SIZE), given, steps=80, grain=0)
+    fitted = fit(atlas, torch.zeros(1, 3, SIZE, SIZE), given, steps=80, grain=0, seam=0)
     picture = view.draw(fitted)[0, 0]
     inner = (view.edge == 1) & (view.mask[0, 0] > 0)
     columns = torch.arange(96).expand(96, 96)
@@ -325,13 +327,48 @@ def test_pictures_may_be_smaller_and_grain_is_smoothed(atlas):
     small = torch.nn.functional.avg_pool2d(photo(FRONT, 96), 2)
     given = [(view, small, torch.nn.functional.avg_pool2d(view.edge * view.mask, 2))]
     start = torch.zeros(1, 3, SIZE, SIZE)
-    rough, smooth = (fit(start, given, steps=120, grain=grain) for grain in (0, 1))
+    rough, smooth = (fit(atlas, start, given, steps=120, grain=grain) for grain in (0, 1))
     for texture in (rough, smooth):
         drawn = torch.nn.functional.avg_pool2d(view.draw(texture), 2)
         error = ((drawn - small).square() * given[0][2]).sum() / given[0][2].sum()
         assert error < 0.02 * small.square().mean()
     rough, smooth = (x.diff(dim=3).diff(dim=3).square().mean() for x in (rough, smooth))
     assert rough > 2 * smooth  # Second differences: noise from texel to texel.
+
+
+def test_cuts_are_the_same_places_on_both_sides(atlas):
+    here, there = cuts(atlas, points=3)
+    assert len(here) == len(there) > 100 and not (here == there).all(1).any()
+    places = atlas.fill(atlas.points)
+    texel = (4 * math.pi * RADIUS**2 / len(atlas.points)) ** 0.5
+    gap = (sample_texture(places, here) - sample_texture(places, there)).norm(dim=1)
+    assert gap.median() < texel and gap.max() < 4 * texel
+    # Every vertex that the atlas has more than once is the end of one.
+    _, place, times = torch.unique(atlas.vertices, dim=0, return_inverse=True, return_counts=True)
+    ends = torch.cat(cuts(atlas, points=1))
+    twice = atlas.uv[times[place] > 1]
+    assert torch.cdist(twice, ends).amin(1).max() < 0.05 and len(twice) > 50
+
+
+def test_a_mesh_of_one_chart_has_no_cuts():
+    corners = np.array([[-0.1, -0.1, 0], [0.1, -0.1, 0], [0.1, 0.1, 0], [-0.1, 0.1, 0]], np.float32)
+    triangles = np.array([[0, 1, 2], [0, 2, 3]])
+    flat = unwrap(Mesh(corners, triangles, np.full((4, 3), 9, np.uint8)), 64)
+    here, there = cuts(flat)
+    assert here.shape == there.shape == (0, 2)
+    texture = torch.zeros(1, 3, 64, 64)
+    assert torch.equal(fit(flat, texture, [], steps=2), texture)
+
+
+def test_fitting_closes_the_seams(atlas):
+    """Charts of different brightness, of which pictures say nothing."""
+    here, there = cuts(atlas)
+    start = torch.linspace(-0.5, 0.5, SIZE).expand(1, 3, SIZE, SIZE)
+    jumps = [
+        (sample_texture(x, here) - sample_texture(x, there)).abs().mean()
+        for x in (start, fit(atlas, start, [], seam=0), fit(atlas, start, []))
+    ]
+    assert jumps[0] == jumps[1] > 0.1 and jumps[2] < 0.3 * jumps[0]
 
 
 # The file.
