@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cli import exit_codes, read_options
-from harness.run_folder import check_folder, check_source, make_folder
+from harness.run_folder import check_folder, check_source, locate, make_folder
+from harness.store import check_replaced
+
+GENERATORS = ("eg3d", "panohead", "stylegan2")  # Formats that are written.
 
 
 @dataclass
@@ -32,6 +35,9 @@ def check(cfg: Config) -> None:
     if cfg.out.suffix != ".safetensors" or cfg.out.is_dir():
         raise ValueError(f"--out must be a file that ends in .safetensors, got {cfg.out}")
     check_folder(cfg.out.absolute().parent)
+    if cfg.out.exists() and cfg.out.resolve() == Path(locate(cfg.generator)).resolve():
+        raise ValueError(f"--out {cfg.out} would replace the generator itself: name another file")
+    check_replaced(cfg.out, *GENERATORS)
     check_source("--generator", cfg.generator)
 
 

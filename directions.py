@@ -20,6 +20,7 @@ from pathlib import Path
 
 from harness.cli import exit_codes, read_options
 from harness.run_folder import check_folder, check_source, make_folder
+from harness.store import check_replaced
 
 
 @dataclass
@@ -61,6 +62,7 @@ def check(cfg: Config) -> None:
     if cfg.out.suffix != ".safetensors" or cfg.out.is_dir():
         raise ValueError(f"--out must be a file that ends in .safetensors, got {cfg.out}")
     check_folder(cfg.out.absolute().parent)
+    check_replaced(cfg.out, "directions")
     check_source("--ckpt", cfg.ckpt)
     if pairs:
         check_source("--clip", cfg.clip)
@@ -96,6 +98,7 @@ from harness.devices import pick_device
 from harness.run_folder import locate
 from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures
+from models.fingerprints import fingerprint_mapping
 from models.generator import Generator
 from models.noise import noise_error
 from subjects import draw_codes, save_directions, seed_to_ws
@@ -117,13 +120,15 @@ def main(cfg: Config) -> None:
     check(cfg)
     device = pick_device(cfg.device)
     G = load_generator(locate(cfg.ckpt), device)
+    if not G.z_dim:
+        raise ValueError(f"--ckpt {cfg.ckpt} shows one head alone: it has no directions")
     directions: dict[str, Tensor] = {}
     if pairs := parse_words(cfg.words + cfg.apart):
         clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
         directions |= from_words(G, clip, pairs, cfg)
     directions |= from_codes(G, cfg)
     make_folder(cfg.out.absolute().parent)
-    save_directions(directions, cfg.out)
+    save_directions(directions, cfg.out, mapping_weights=fingerprint_mapping(G))
     print(f"{cfg.out} has {', '.join(directions)}")
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from harness.cli import exit_codes, read_options
-from harness.pictures import is_ours, read_picture
+from harness.pictures import is_ours, read_picture, upright_size
 from harness.run_folder import check_folder, check_source, make_folder
+from harness.store import check_replaced
 
 PHOTO_SIZE = 2048  # Photos are shrunk to this; the head may be a small part of them.
 GOOD_DB = 20.0  # PSNR of the head below which a photo and its inversion look apart.
@@ -32,11 +33,12 @@ class Config:
     out: Path  # The file to write, .safetensors; one that exists is replaced.
     ckpt: str = "checkpoints/puppets/generator.safetensors"
     """Generator: .safetensors, official .pkl, hub id user/repo/file, URL."""
-    mask: Path | None = None  # Picture that is white where the person is; None: found.
+    mask: Path | None = None
+    """Picture of the photo's size, white or opaque where the person is; None: it is guessed."""
     align: bool = True  # Whether to look for the head in the photo, and crop it as in training.
     steps: int = 120  # Steps that optimise code and camera.
     tune: int = 0  # Steps that tune weights after that; 0: none.
-    heads: int = 300  # The generator's own pictures, which the probe is fitted to.
+    heads: int = 300  # Number of the generator's own pictures, by which it learns to read photos.
     features: str = "checkpoints/puppets/dino"  # Frozen ViT that compares: folder or hub id.
     seed: int = 0  # Fixes all random draws.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
@@ -61,6 +63,10 @@ def check(cfg: Config) -> None:
     strip = cfg.out.with_suffix(".png")
     if strip.exists() and not is_ours(strip):
         raise ValueError(f"--out: {strip} was not written by invert.py: move it away")
+    for path in filter(None, (cfg.image, cfg.mask)):
+        if Path(path).resolve() in (strip.resolve(), cfg.out.resolve()):
+            raise ValueError(f"--out {cfg.out} would replace {path}: choose another name")
+    check_replaced(cfg.out, "latents")
     check_source("--ckpt", cfg.ckpt)
     check_source("--features", cfg.features)
     read_photo(cfg)
@@ -70,10 +76,21 @@ def read_photo(cfg: Config) -> tuple[Image.Image, Image.Image | None]:
     """Return the photo and its mask, if there is one; squares.
 
     Raises:
-        ValueError: a file is missing or no picture.
+        ValueError: a file is missing or no picture, or the mask does not fit the photo.
     """
-    mask = read_picture(cfg.mask, PHOTO_SIZE) if cfg.mask else None
-    return read_picture(cfg.image, PHOTO_SIZE), mask
+    photo = read_picture(cfg.image, PHOTO_SIZE)
+    if cfg.mask is None:
+        return photo, None
+    mask = read_picture(cfg.mask, PHOTO_SIZE, alpha=True)
+    shapes = [upright_size(path) for path in (cfg.image, cfg.mask)]
+    (w, h), (mask_w, mask_h) = shapes
+    if abs(w * mask_h - h * mask_w) > 0.02 * w * mask_h:
+        raise ValueError(
+            f"--mask has {mask_w} x {mask_h} pixels, --image {w} x {h}: their shapes must be alike"
+        )
+    if mask.convert("L").getextrema()[1] < 128:
+        raise ValueError(f"--mask {cfg.mask} is white nowhere, so there is no person")
+    return photo, mask
 
 
 if __name__ == "__main__":
@@ -81,6 +98,7 @@ if __name__ == "__main__":
 
 import copy
 import re
+import shlex
 import sys
 import time
 from typing import NamedTuple
@@ -97,7 +115,7 @@ from harness.pictures import image_grid, save_image, to_image
 from harness.run_folder import locate
 from harness.store import atomic_write, checksum
 from models.features import TokenFeatures
-from models.fingerprints import as_bytes, fingerprint_generator
+from models.fingerprints import as_bytes, fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 from render import sides, views
 from subjects import Person, draw_codes, save_person, seed_to_ws, show
@@ -107,6 +125,7 @@ CELLS, RIDGE = 8, 0.03
 ZOOMS, SHIFTS = 0.4, 0.15  # Of the crops it learns: log scale, places as shares of the size.
 # A photo is not cropped if it reads smaller changes: the probe errs by as much. Else it is until
 # they are small, or so many times.
+SMALLEST, LARGEST = 0.1, 2.0  # Sides of a crop, as shares of the photo.
 ALIGNED, STILL, LOOKS = (0.15, 0.06, 0.06), 0.03, 5
 CODES = 4000  # Of which the mean and the spread of w are taken.
 # Steps and rates.
@@ -175,18 +194,21 @@ def main(cfg: Config) -> None:
     seen = subject.see(person.c)["image"]
     pictures = [photo.image, seen, views(subject, sides(G))["image"]]
     notes = {"generator_weights": fingerprint_generator(G), "psnr": f"{quality:.2f}"}
+    notes["mapping_weights"] = fingerprint_mapping(G)
     save_image(image_grid([torch.cat(pictures)]), cfg.out.with_suffix(".png"))
     save_person(person, cfg.out, **notes)
     state_path(cfg).unlink(missing_ok=True)
     if quality < GOOD_DB:
         print(
             f"warning: the inversion does not look like {cfg.image}: perhaps it shows nothing "
-            "that this generator knows",
+            "that this generator knows; or its crop failed (look at the first picture of "
+            f"{cfg.out.with_suffix('.png')}): crop it yourself and give --no-align",
             file=sys.stderr,
         )
-    seconds = time.time() - begun
-    print(f"{cfg.out} written: {quality:.1f} dB on the head after {seconds:.0f} seconds")
-    print(f"  render  python render.py --ckpt RUN --latents {cfg.out}")
+    seconds, name = time.time() - begun, shlex.quote(str(cfg.out))
+    what = "head" if "mask" in G.gives or cfg.mask else "picture"
+    print(f"{cfg.out} written: {quality:.1f} dB on the {what} after {seconds:.0f} seconds")
+    print(f"  render  python render.py --ckpt RUN --latents {name}")
 
 
 # Where to begin: a probe reads code, camera and crop.
@@ -266,9 +288,12 @@ def align(
         change = reading.crop.clamp(-ZOOMS, ZOOMS)
         if change.abs().max() < STILL:
             break
-        middle, side = middle + side * change[1:], side * change[0].exp().item()
+        middle = middle + side * change[1:]
+        side = min(max(side * change[0].exp().item(), SMALLEST), LARGEST)
         reading = probe.read(cut(picture))
     where = None if mask is None else (cut(mask).mean(1, keepdim=True) + 1) / 2
+    if where is not None and where.mean() < 1e-3:
+        raise ValueError("--mask is white nowhere in the crop that was found: give --no-align")
     return Photo(cut(picture), where, side != 1), reading
 
 

@@ -27,6 +27,8 @@ from math import ceil, isfinite, pi, sqrt
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError, safe_open
+
 from harness.cli import exit_codes, read_options
 from harness.pictures import is_ours
 from harness.run_folder import check_folder, check_source, make_folder
@@ -50,7 +52,7 @@ class Config:
     mix: tuple[str, ...] = ()
     """In place of --ckpt: runs of one source with their shares, such as runs/a=0.5 runs/b=0.5;
     runs/a=1:shape runs/b=1:colour take the coarse layers of one and all others of the other."""
-    out: Path = Path("renders")  # Folder for the pictures; those of earlier calls are replaced.
+    out: Path = Path("renders")  # Folder for the files; those of the same names are replaced.
 
     seeds: str | None = None
     """Latent codes, such as 0-7,12 (ends included); None: 0-7, or none beside --latents."""
@@ -66,7 +68,7 @@ class Config:
     mesh: int = 0  # Also write meshes, from so many voxels per side (say 256); 0 writes none.
     mesh_format: tuple[Literal["ply", "obj", "glb"], ...] = ("ply", "glb")  # .glb needs trimesh.
     keep: Literal["largest", "all"] = "largest"  # Pieces of a mesh.
-    faces: int = 0  # Most triangles of a mesh, for which neighbours are merged; 0: any number.
+    faces: int = 0  # Most triangles of a mesh (small ones are merged); 0: any number.
     device: str | None = None  # Such as cpu or cuda; None: a GPU where there is one.
 
 
@@ -92,12 +94,33 @@ def check(cfg: Config) -> None:
     ):
         for path in paths:
             if not path.is_file():
-                raise ValueError(f"{flag} {path} is no file")
+                how = ": directions.py makes one" if flag == "--directions" else ""
+                raise ValueError(f"{flag} {path} is no file{how}")
+    check_pairs(cfg)
     names = [f"seed{seed:04d}" for seed in seeds] + [path.stem for path in cfg.latents]
     if twice := [name for name, count in Counter(written(cfg, names)).items() if count > 1]:
         raise ValueError(f"--latents: two would be written to {twice[0]}: rename a file")
     if cfg.out.exists():
         check_replaced(cfg, names)
+
+
+def check_pairs(cfg: Config) -> None:
+    """Refuse options that would do nothing without another one.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if cfg.edit and (unknown := parse_edits(cfg.edit).keys() - names_in(cfg.directions)):
+        known = ", ".join(sorted(names_in(cfg.directions)))
+        raise ValueError(f"--edit {min(unknown)}: {cfg.directions} has {known}")
+    for flag, wanted, needed in (
+        ("--together", cfg.together, "orbit"),
+        ("--faces", cfg.faces, "mesh"),
+    ):
+        if wanted and not getattr(cfg, needed):
+            raise ValueError(f"{flag} needs --{needed}")
+    if cfg.mesh and not cfg.mesh_format:
+        raise ValueError("--mesh-format needs ply, obj or glb")
 
 
 def written(cfg: Config, names: list[str]) -> list[str]:
@@ -142,6 +165,19 @@ def check_numbers(cfg: Config, heads: int) -> None:
             raise ValueError(f"--{flag} needs {package}: pip install {package}")
     if cfg.mesh and cfg.mesh_format == ("glb",) and not has("trimesh"):
         raise ValueError("--mesh-format glb needs trimesh: pip install trimesh")
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the names of the directions in a file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--directions {path} cannot be read: {error}") from error
 
 
 def has(module: str) -> bool:
@@ -273,8 +309,10 @@ from subjects import (
     seed_to_person,
     seed_to_subject,
     show,
+    warn_of_others,
 )
 
+WIDEST = 16_384  # Pixels of a video.
 VIEWS = (0.4, 0.0, -0.4)  # Yaw of the three views, as in EG3D's gen_samples.
 VIEWS_ROUND = (0.0, -pi / 4, -pi / 2, -3 * pi / 4, -pi)  # As in PanoHead's.
 PITCH = -0.2
@@ -295,6 +333,12 @@ def main(cfg: Config) -> None:
         seeds = seeds[:1]  # All show the one head that there is.
     people = [seed_to_person(G, seed, cfg.trunc) for seed in seeds]
     people += [load_person(path, G) for path in cfg.latents]
+    warn_of_others([*cfg.latents, *([cfg.directions] if cfg.edit else [])], G)
+    if cfg.interpolate and len(people) < 2:
+        raise ValueError("--interpolate needs two heads, and this generator shows one alone")
+    wide = ceil(sqrt(len(people))) * (len(networks) + cfg.depth) * G.img_resolution
+    if cfg.together and wide > WIDEST:
+        raise ValueError(f"--together would be {wide} pixels wide, at most {WIDEST}: fewer heads")
     if cfg.edit:
         people = edit(people, cfg.directions, parse_edits(cfg.edit))
     make_folder(cfg.out)

@@ -23,7 +23,7 @@ from torch import Tensor
 from files.generators import load_generator, sort_header
 from harness.run_folder import AVATAR, locate, read_settings
 from harness.store import write_bytes
-from models.fingerprints import fingerprint_generator
+from models.fingerprints import fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 
 LATENTS, DIRECTIONS = "latents-safetensors", "directions-safetensors"
@@ -163,6 +163,7 @@ def load_run(
     Raises:
         ValueError: see `load_generator`; or config.json cannot be read.
     """
+    ckpt = locate(str(ckpt))
     G = load_generator(ckpt, device)
     if not Path(ckpt).is_dir() or (Path(ckpt) / AVATAR).is_file():
         return G, None, {}
@@ -195,7 +196,7 @@ def load_mixture(
     for run, share, part in mix:
         G, G_src, settings = load_run(run, device)
         if G_src is None:
-            raise ValueError(f"--mix {run}: without its source generator it cannot be mixed")
+            raise ValueError(f"--mix {run} is no run of train.py, or its source is gone")
         if first is None:
             G_mix, first, first_print = G_src, G_src, settings["generator_weights"]
         if settings["generator_weights"] != first_print:
@@ -239,11 +240,39 @@ def load_person(path: Path, G: Generator) -> Person:
     expected = list(seed_to_ws(G, 0).shape)
     found = list(tensors["ws"].shape) if "ws" in tensors else None
     if found != expected:
-        raise ValueError(f"--latents {path} has codes {found}, this generator {expected}")
+        raise ValueError(
+            f"--latents {path} has codes {found}, this generator {expected}: "
+            "invert.py makes others with --ckpt and the generator that the run started from"
+        )
     if "c" in tensors and tensors["c"].shape != G.cameras.frontal().shape:
         raise ValueError(f"--latents {path} is damaged: its camera is no label")
     offsets = {n.removeprefix("offsets."): x for n, x in tensors.items() if n.startswith("offsets")}
     return Person(path.stem, tensors["ws"], 0, tensors.get("c"), offsets)
+
+
+def warn_of_others(paths: Sequence[Path], G: Generator) -> None:
+    """Warn of people and directions of another generator, whose codes mean something else here.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    for path in paths:
+        known = header_of(path).get("mapping_weights")
+        if known and known != fingerprint_mapping(G):
+            print(f"warning: {path} was made with another generator", file=sys.stderr)
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """Return the notes in the header of one of our .safetensors.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def save_directions(directions: Mapping[str, Tensor], path: Path, **notes: str) -> None:
@@ -265,7 +294,10 @@ def edit(people: Sequence[Person], path: Path, edits: Mapping[str, float]) -> li
         if name not in directions:
             raise ValueError(f"--edit {name}: {path} has {', '.join(directions)}")
         if directions[name].shape not in (shape, shape[1:]):
-            raise ValueError(f"--directions {path} fits another generator")
+            raise ValueError(
+                f"--directions {path} fits another generator: directions.py makes others with "
+                "--ckpt and this run"
+            )
         total = total + amount * directions[name].to(total)
     return [replace(person, ws=person.ws + total) for person in people]
 

@@ -328,7 +328,7 @@ def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: Generator) -> N
     adapted_row = seed_portraits(G_ema, GRID_SEEDS, cfg.trunc)
     path = grid_path(cfg.out, step)
     save_image(image_grid([source_row, adapted_row]), path)
-    write_page(cfg.out, path)
+    write_page(cfg.out, path, turns="planes" in G_ema.gives)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,15 @@ directions.py are sliders, too, where the file is there. Needs viser: pip instal
 from __future__ import annotations
 
 import importlib.util
+import socket
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cli import exit_codes, read_options
 from harness.run_folder import AVATAR, check_source
+
+DIRECTIONS_FILE = Path("directions.safetensors")
 
 
 @dataclass
@@ -24,7 +28,7 @@ class Config:
 
     ckpt: tuple[str, ...]  # Runs of one source, or a generator file, hub id or URL.
     latents: tuple[Path, ...] = ()  # People that invert.py found.
-    directions: Path = Path("directions.safetensors")  # File of directions.py, if it is there.
+    directions: Path = DIRECTIONS_FILE  # File of directions.py, if it is there.
     host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0 lets other machines in.
     port: int = 8080  # Port to listen on; where it is taken, one of the next.
     voxels: int = 128  # Of a mesh, per side.
@@ -47,13 +51,35 @@ def check(cfg: Config) -> None:
     ):
         if not low <= value <= high:
             raise ValueError(f"{flag} must be {low} to {high}, got {value}")
+    if not cfg.ckpt:
+        raise ValueError("--ckpt needs a run")
     for ckpt in cfg.ckpt:
         check_source("--ckpt", ckpt)
         if len(cfg.ckpt) > 1 and not Path(ckpt).is_dir():
             raise ValueError(f"--ckpt {ckpt}: several are mixed, which needs run folders")
+    check_files(cfg)
+    try:
+        address = socket.getaddrinfo(cfg.host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+            probe.bind(address[4])
+    except OSError as error:
+        raise ValueError(f"--host {cfg.host} is no address of this machine ({error})") from error
+
+
+def check_files(cfg: Config) -> None:
+    """Refuse people and directions that are not there, and two people of one name.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
     for path in cfg.latents:
         if not path.is_file():
             raise ValueError(f"--latents {path} is no file")
+    names = ["seed", *(path.stem for path in cfg.latents)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"--latents: two heads would be called {twice[0]}: rename a file")
+    if cfg.directions != DIRECTIONS_FILE and not cfg.directions.is_file():
+        raise ValueError(f"--directions {cfg.directions} is no file: directions.py makes one")
 
 
 if __name__ == "__main__":
@@ -63,7 +89,8 @@ import io
 import tempfile
 import threading
 import time
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from math import atan2, pi
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +117,7 @@ from subjects import (
     read_tensors,
     seed_to_person,
     show,
+    warn_of_others,
 )
 
 if TYPE_CHECKING:
@@ -136,7 +164,10 @@ class Stage:
             changes.append({n: p - before[n] for n, p in G.named_parameters()})
         directions: tuple[str, ...] = ()
         if cfg.directions.is_file():
-            directions = tuple(read_tensors(cfg.directions, DIRECTIONS)[0])
+            moves = {name: 0.0 for name in read_tensors(cfg.directions, DIRECTIONS)[0]}
+            edit([seed_to_person(base, 0)], cfg.directions, moves)  # Refused now if it cannot.
+            directions = tuple(moves)
+        warn_of_others([*cfg.latents, *([cfg.directions] if directions else [])], base)
         for path in cfg.latents:
             load_person(path, base)  # Refused now, not when somebody asks for it.
         first = Path(cfg.ckpt[0])
@@ -183,7 +214,8 @@ class Visitor:
         gui.add_button("still").on_click(lambda _: self.deliver(self.still))
         if self.turns:
             gui.add_button("video").on_click(lambda _: self.deliver(self.video))
-            gui.add_button("mesh").on_click(lambda _: self.deliver(self.mesh))
+            if importlib.util.find_spec("skimage"):
+                gui.add_button("mesh").on_click(lambda _: self.deliver(self.mesh))
         self.changed.set()
         threading.Thread(target=self.draw_on, daemon=True).start()
 
@@ -245,7 +277,7 @@ class Visitor:
                 continue
             else:
                 rough = False
-            with suppress(ConnectionError):
+            with self.errors_shown():
                 if self.solid and self.solid.value:  # The browser draws the mesh.
                     picture = Image.new("RGB", (64, 64), "white")
                 else:
@@ -292,11 +324,22 @@ class Visitor:
         """Make a file and let the page download it."""
         note = self.client.add_notification("Wait", "The file is made.", loading=True)
         try:
-            with RENDERING:
+            with self.errors_shown(), RENDERING:
                 name, content = make()
-            self.client.send_file_download(name, content, save_immediately=True)
+                self.client.send_file_download(name, content, save_immediately=True)
         finally:
             note.remove()
+
+    @contextmanager
+    def errors_shown(self) -> Iterator[None]:
+        """Tell the visitor of an error instead of ending their thread; the page goes on."""
+        try:
+            yield
+        except ConnectionError:
+            pass
+        except Exception as error:
+            with suppress(ConnectionError):
+                self.client.add_notification("This did not work", str(error), color="red")
 
     def name(self) -> str:
         """Return how a file of this head begins."""

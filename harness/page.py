@@ -34,12 +34,13 @@ polyline { fill: none; stroke: #2a6fdb; stroke-width: 1.5; } summary { cursor: p
 """
 
 
-def write_page(folder: Path, grid: Path) -> None:
+def write_page(folder: Path, grid: Path, turns: bool = True) -> None:
     """Write a run's index.html: heads before and after, curves, settings, what comes next.
 
     Args:
         folder: The run's; its config.json and log.jsonl are read.
         grid: The newest grid, the source's heads above the adapted ones.
+        turns: Whether the generator has cameras, and heads so meshes.
     """
     settings, log = read_settings(folder), read_log(folder)
     goal = settings.get("prompt") or "what the picture shows"
@@ -53,7 +54,7 @@ def write_page(folder: Path, grid: Path) -> None:
         "<h2>Before, and below after</h2>",
         f"<p>{picture(grid)}</p>",
         "<h2>Next</h2>",
-        f"<pre>{html.escape(chr(10).join(next_commands(folder)))}</pre>",
+        f"<pre>{html.escape(chr(10).join(next_commands(folder, turns)))}</pre>",
         "<h2>Curves</h2>",
         *curves(log),
         "<h2>Settings</h2>",
@@ -67,12 +68,13 @@ def write_page(folder: Path, grid: Path) -> None:
     write_text(folder / NAME, f"{text}<body>\n{body}\n</body></html>\n")
 
 
-def next_commands(folder: Path) -> list[str]:
+def next_commands(folder: Path, turns: bool = True) -> list[str]:
     """Return what is mostly done with a run."""
     run = shlex.quote(str(folder))
+    more = "--orbit 120 --mesh 128" if turns else "--interpolate 60"
     return [
         f"python render.py --ckpt {run} --seeds 0-7 --out {run}/renders",
-        f"python render.py --ckpt {run} --seeds 0-3 --orbit 120 --mesh 128 --out {run}/renders",
+        f"python render.py --ckpt {run} --seeds 0-3 {more} --out {run}/renders",
         f"python view.py --ckpt {run}",
         f"python eval.py --ckpt {run} --out {run}/scores.json",
     ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GRID_COLUMNS = 8
 REFERENCE_SIZE = 512  # Reference pictures are shrunk to this; CLIP looks at 224.
 MOST_REFERENCES = 64  # The IP-Adapter attends to every one of them.
+ORIENTATION = 0x0112  # In EXIF; 5 and above lie on their sides.
 SOFTWARE = "GCA-3D"  # Stands in every picture and video that these scripts write.
 # Formats that Pillow can name but not always read: data, videos, and what needs other programs.
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
@@ -123,7 +124,14 @@ def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     return [read_picture(path) for path in files]
 
 
-def read_picture(path: Path, most: int = REFERENCE_SIZE) -> Image.Image:
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the width and height of a picture as it is seen, pixels; see `read_picture`."""
+    with _open(path) as file:
+        turned = file.getexif().get(ORIENTATION, 1) >= 5
+        return file.size[::-1] if turned else file.size
+
+
+def read_picture(path: Path, most: int = REFERENCE_SIZE, alpha: bool = False) -> Image.Image:
     """Read any picture as an upright RGB square, in sRGB.
 
     Transparency becomes white. The largest square is kept, from the middle of a wide picture and
@@ -132,6 +140,7 @@ def read_picture(path: Path, most: int = REFERENCE_SIZE) -> Image.Image:
     Args:
         path: The file.
         most: Height and width of the largest result; larger ones are shrunk to it.
+        alpha: Show what is opaque as white and the rest as black, where there is transparency.
 
     Raises:
         ValueError: the file is missing or no picture.
@@ -153,6 +162,9 @@ def read_picture(path: Path, most: int = REFERENCE_SIZE) -> Image.Image:
     picture = to_srgb(picture, path)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
+        if alpha:
+            picture = Image.merge("RGBA", [picture.getchannel("A")] * 4)
+            picture.putalpha(255)
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     picture = picture.convert("RGB")

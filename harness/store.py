@@ -25,6 +25,29 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def check_replaced(path: Path, *kinds: str) -> None:
+    """Refuse to replace a .safetensors that holds something else than what is written.
+
+    Args:
+        path: The file, which need not exist.
+        kinds: What it may hold, such as latents: its header's format begins so.
+
+    Raises:
+        ValueError: it holds something else, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "np") as file:
+            held = (file.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError):
+        held = ""
+    if held.removesuffix("-safetensors") not in kinds:
+        raise ValueError(f"--out {path} holds no {kinds[0]}, and would be lost: name another file")
+
+
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at any moment `path` is the old content or the new, never a part.
 

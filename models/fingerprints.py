@@ -1,6 +1,7 @@
 """Checksums of networks."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,15 @@ def fingerprint(networks: Iterable[nn.Module | None], settings: object = None) -
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's numbers as bytes, without a copy where it is on the CPU."""
     return memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+
+
+def fingerprint_mapping(G: Any) -> str:
+    """Return a checksum of the mapping network, by which codes and directions belong together.
+
+    Runs share it with their source. It is taken in half precision, so a rounded copy has the same.
+    """
+    own = (x for name, x in G.state_dict().items() if re.match(r"(backbone\.)?mapping\.", name))
+    return checksum(*(as_bytes(x.half()) for x in own))
 
 
 def fingerprint_generator(G: Any) -> str:

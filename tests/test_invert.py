@@ -1,6 +1,7 @@
 """Inversion: the probe, the crop, the camera, and what is found of the generator's own pictures."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -53,6 +54,49 @@ def test_a_photo_becomes_a_person_and_a_picture(photo, capsys):
         "me.safetensors",
         "photo.png",
     ]
+
+
+def save_mask(path, size):
+    Image.new("L", size, "white").save(path)
+    return path
+
+
+def test_photos_and_models_are_never_replaced(photo, tmp_path):
+    beside = photo.with_suffix(".safetensors")
+    image = photo.read_bytes()
+    with pytest.raises(ValueError, match="would replace .*photo.png: choose another name"):
+        invert.check(options(photo, out=beside))
+    masked = options(photo, mask=save_mask(tmp_path / "me.png", (32, 32)))
+    with pytest.raises(ValueError, match="was not written by invert.py"):
+        invert.check(masked)
+    shutil.copy(world() / "generator.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no latents, and would be lost"):
+        invert.check(options(photo, out=tmp_path / "model.safetensors"))
+    assert photo.read_bytes() == image
+
+
+def test_masks_that_do_not_fit_are_refused(photo, tmp_path):
+    with Image.open(photo) as picture:
+        width, height = picture.size
+    mask = tmp_path / "mask.png"
+    save_mask(mask, (width, 2 * height))
+    with pytest.raises(ValueError, match=f"--mask has {width} x {2 * height} pixels, --image"):
+        invert.check(options(photo, mask=mask))
+    Image.new("L", (2 * width, 2 * height)).save(mask)
+    with pytest.raises(ValueError, match="is white nowhere, so there is no person"):
+        invert.check(options(photo, mask=mask))
+    save_mask(mask, (2 * width, 2 * height))
+    invert.check(options(photo, mask=mask))
+
+
+def test_a_mask_that_the_crop_misses_is_refused(photo, tmp_path, monkeypatch):
+    G, vit = build_generator(), TokenFeatures.from_pretrained(world() / "dino")
+    cfg = options(photo)
+    probe = invert.fit_probe(G, vit, cfg)
+    picture = Image.new("RGB", (64, 64), "grey")
+    black = Image.new("RGB", (64, 64))
+    with pytest.raises(ValueError, match="white nowhere in the crop that was found"):
+        invert.align(G, probe, picture, black, cfg)
 
 
 def test_an_inversion_that_was_stopped_goes_on_to_the_same(photo, monkeypatch):

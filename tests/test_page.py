@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny_run import hurry, run
 
-from harness.page import MOST_POINTS, curve, write_page
+from harness.page import MOST_POINTS, curve, next_commands, write_page
 
 
 class Reader(html.parser.HTMLParser):
@@ -64,6 +64,12 @@ def test_the_picture_that_stands_for_the_domain_is_shown(tmp_path):
     write_page(tmp_path, tmp_path / "grid-000000.png")
     page = read(tmp_path / "index.html")
     assert len(page.images) == 2 and "0 of 5 steps" in " ".join(page.text)
+
+
+def test_what_has_no_cameras_is_not_to_be_turned(tmp_path):
+    solid, flat = (" ".join(next_commands(tmp_path, turns)) for turns in (True, False))
+    assert "--orbit" in solid and "--mesh" in solid
+    assert "--orbit" not in flat and "--mesh" not in flat and "--interpolate" in flat
 
 
 def test_a_long_curve_has_few_points_and_keeps_its_ends():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from harness import pictures
+from harness.pictures import read_picture, upright_size
 
 
 def test_bytes_are_rounded_as_eg3d_does():
@@ -77,6 +78,26 @@ def test_exif_orientation_is_undone(tmp_path):
     picture.save(tmp_path / "x.png", exif=exif)
     upright = pictures.read_picture(tmp_path / "x.png")
     assert upright.getpixel((8, 2)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_that_of_the_upright_picture(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
+    size = upright_size(tmp_path / "x.jpg")
+    assert size == ((20, 30) if orientation in (6, 8) else (30, 20))
+
+
+def test_a_cut_out_is_a_mask_by_its_transparency(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    picture.save(tmp_path / "x.png")
+    mask = np.asarray(read_picture(tmp_path / "x.png", alpha=True))
+    assert (mask[:, :4] == 255).all() and (mask[:, 4:] == 0).all()
+    grey = Image.linear_gradient("L").resize((8, 8))
+    grey.save(tmp_path / "grey.png")  # Without transparency it is what it shows.
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "grey.png", alpha=True))[..., 0], grey)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (700, 1), (3, 900), (1400, 1100), (512, 512)])

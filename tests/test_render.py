@@ -633,7 +633,13 @@ def test_frames_of_an_orbit_cost_no_pass_of_the_backbone(tmp_path, monkeypatch, 
     counts = []
     for frames in (0, 2, 7):
         passes.clear()
-        go(tmp_path / "out", seeds="3-5", orbit=frames, together=together, depth=True)
+        go(
+            tmp_path / "out",
+            seeds="3-5",
+            orbit=frames,
+            together=together and frames > 0,
+            depth=True,
+        )
         counts.append(len(passes))
     assert counts[:1] == [3]  # One for each head.
     assert counts[1] == counts[2] == (6 if together else 3)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from harness.run_folder import REPOSITORY
-from harness.store import atomic_write, checksum, write_bytes, write_text
+from harness.store import atomic_write, check_replaced, checksum, write_bytes, write_text
 
 
 def test_failed_write_keeps_the_old_content(tmp_path):
@@ -36,6 +38,23 @@ def test_text_and_bytes_arrive_as_they_are(tmp_path):
     write_bytes(tmp_path / "bytes", b"\x00\r\n")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xbc\n"
     assert (tmp_path / "bytes").read_bytes() == b"\x00\r\n"
+
+
+def test_other_peoples_files_and_ours_of_another_kind_are_not_replaced(tmp_path):
+    path = tmp_path / "x.safetensors"
+    check_replaced(path, "latents")  # There is none.
+    for kind, held in (("latents", "latents-safetensors"), ("eg3d", "eg3d-safetensors")):
+        save_file({"x": np.zeros(2)}, path, {"format": held})
+        check_replaced(path, "panohead", kind)
+        with pytest.raises(ValueError, match="holds no directions, and would be lost"):
+            check_replaced(path, "directions")
+    for content in (b"", b"a photo", b"\x08" + bytes(30)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="holds no latents, and would be lost"):
+            check_replaced(path, "latents")
+    save_file({"x": np.zeros(2)}, path)  # A LoRA, say.
+    with pytest.raises(ValueError, match="holds no latents"):
+        check_replaced(path, "latents")
 
 
 def test_checksum_does_not_depend_on_the_cuts():

@@ -185,6 +185,63 @@ def test_people_and_edits_are_offered(visit, runs, tmp_path):
     assert np.abs(pixels(visitor) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ckpt": ()}, "--ckpt needs a run"),
+        ({"latents": ("a/me.safetensors", "b/me.safetensors")}, "two heads would be called me"),
+        ({"latents": ("a/seed.safetensors",)}, "two heads would be called seed"),
+        ({"directions": "nowhere.safetensors"}, "nowhere.safetensors is no file: directions.py"),
+        ({"host": "192.0.2.7"}, "--host 192.0.2.7 is no address of this machine"),
+        ({"host": "no such host"}, "--host no such host is no address of this machine"),
+    ],
+)
+def test_what_the_page_cannot_do_is_refused(runs, tmp_path, options, reason):
+    options = {"ckpt": (str(runs / "a"),), **options}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("me", "seed"):
+            (tmp_path / folder / f"{name}.safetensors").touch()
+    for name in ("latents", "directions"):
+        given = options.get(name, ())
+        paths = [tmp_path / path for path in ([given] if isinstance(given, str) else given)]
+        if paths:
+            options[name] = paths[0] if name == "directions" else tuple(paths)
+    with pytest.raises(ValueError, match=reason):
+        view.check(Config(**options))
+
+
+def test_directions_of_another_generator_are_refused_before_the_page_opens(visit, runs, tmp_path):
+    subjects.save_directions({"hair": torch.ones(9)}, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="fits another generator"):
+        visit(ckpt=(str(runs / "a"),), directions=tmp_path / "d.safetensors")
+
+
+def test_an_error_is_shown_and_the_page_goes_on(visit, runs, monkeypatch):
+    visitor = visit(ckpt=(str(runs / "a"),))
+    notes = []
+    monkeypatch.setattr(visitor.client, "add_notification", notes_into(notes))
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(visitor, "still", lambda: 1 / 0)
+        visitor.deliver(visitor.still)
+    assert notes[-1] == ("This did not work", "division by zero") and not visitor.client.files
+    with visitor.errors_shown():
+        raise ConnectionError("gone")
+    assert len(notes) == 2
+    visitor.deliver(visitor.still)
+    assert len(visitor.client.files) == 1
+
+
+def notes_into(notes):
+    """Return what stands for `add_notification`."""
+
+    def add(title, body, **_):
+        notes.append((title, body))
+        return SimpleNamespace(remove=lambda: None)
+
+    return add
+
+
 def test_buttons_deliver_files(visit, runs):
     visitor = visit(ckpt=(str(runs / "a"),), frames=3, voxels=24)
     for button in ("still", "video", "mesh"):
