@@ -101,7 +101,7 @@ from models.features import ClipFeatures
 from models.fingerprints import fingerprint_mapping
 from models.generator import Generator
 from models.noise import noise_error
-from subjects import draw_codes, save_directions, seed_to_ws
+from subjects import draw_codes, save_directions, seed_to_ws, warn_of_puppets
 
 CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
@@ -124,6 +124,9 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--ckpt {cfg.ckpt} shows one head alone: it has no directions")
     directions: dict[str, Tensor] = {}
     if pairs := parse_words(cfg.words + cfg.apart):
+        for flag in ("clip", "diffusion"):
+            if getattr(cfg, flag) == getattr(Config, flag):
+                warn_of_puppets(f"--{flag}", G)
         clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
         directions |= from_words(G, clip, pairs, cfg)
     directions |= from_codes(G, cfg)

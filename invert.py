@@ -118,7 +118,7 @@ from models.features import TokenFeatures
 from models.fingerprints import as_bytes, fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 from render import sides, views
-from subjects import Person, draw_codes, save_person, seed_to_ws, show
+from subjects import Person, draw_codes, save_person, seed_to_ws, show, warn_of_puppets
 
 # The probe: a ridge regression on the ViT's tokens, averaged to so many cells a side.
 CELLS, RIDGE = 8, 0.03
@@ -185,6 +185,8 @@ def main(cfg: Config) -> None:
     G = load_generator(locate(cfg.ckpt), device)
     if not G.z_dim:
         raise ValueError(f"--ckpt {cfg.ckpt} shows one head alone: nobody can be found in it")
+    if cfg.features == Config.features:
+        warn_of_puppets("--features", G)
     vit = TokenFeatures.from_pretrained(locate(cfg.features), device)
     make_folder(cfg.out.absolute().parent)
     probe = fit_probe(G, vit, cfg)

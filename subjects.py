@@ -26,6 +26,7 @@ from harness.store import write_bytes
 from models.fingerprints import fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 
+PUPPETS = 128  # Pixels of the pictures of the generators that come with the repository.
 LATENTS, DIRECTIONS = "latents-safetensors", "directions-safetensors"
 # What a part of a mixture takes from a run: coarse layers make shapes, all else colours.
 COARSE = r"synthesis\.b(4|8|16|32)\."
@@ -260,6 +261,15 @@ def warn_of_others(paths: Sequence[Path], G: Generator) -> None:
         known = header_of(path).get("mapping_weights")
         if known and known != fingerprint_mapping(G):
             print(f"warning: {path} was made with another generator", file=sys.stderr)
+
+
+def warn_of_puppets(flag: str, G: Generator) -> None:
+    """Warn that a network is the puppets' own, if the generator is not: it was not named."""
+    if G.img_resolution > PUPPETS:
+        print(
+            f"warning: {flag} is the one of the puppets, and knows nothing of this generator",
+            file=sys.stderr,
+        )
 
 
 def header_of(path: Path) -> dict[str, str]:

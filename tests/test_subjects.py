@@ -426,6 +426,15 @@ def test_people_and_directions_of_another_generator_bring_a_warning(finished, tm
     ]
 
 
+def test_networks_of_the_puppets_are_warned_of_elsewhere(capsys):
+    G = build_generator()
+    subjects.warn_of_puppets("--clip", G)
+    assert not capsys.readouterr().err
+    G.img_resolution = 512
+    subjects.warn_of_puppets("--clip", G)
+    assert capsys.readouterr().err.startswith("warning: --clip is the one of the puppets")
+
+
 @pytest.mark.parametrize("case", ["person", "text", "nowhere"])
 def test_what_holds_no_directions_is_refused_in_one_line(tmp_path, me, case):
     path = tmp_path / "d.safetensors"
