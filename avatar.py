@@ -220,7 +220,15 @@ from models.generator import Generator
 from models.noise import noise_error
 from models.texture import to_textured_glb
 from refine import Textured, refine, texture_head
-from subjects import Subject, draw_codes, load_person, seed_to_subject, seed_to_ws, show
+from subjects import (
+    Subject,
+    draw_codes,
+    load_person,
+    seed_to_subject,
+    seed_to_ws,
+    show,
+    warn_of_others,
+)
 from terms import load_guides
 
 TEMPLATES = ("{}", "a photo of {}", "a portrait of {}")
@@ -289,6 +297,7 @@ def find(cfg: Config, device: torch.device) -> tuple[Generator, Image.Image | No
     guides = load_painter(run, G, device)
     if cfg.latents:
         person = load_person(cfg.latents, G)
+        warn_of_others([cfg.latents], G)
         G, ws = show(G, person).G, person.ws
     elif cfg.search:
         ws, shown = search(cfg, G, guides)

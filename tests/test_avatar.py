@@ -898,15 +898,16 @@ def found(cfg):
     return load_generator(cfg.run.out / "start.safetensors")
 
 
-def test_a_person_takes_the_place_of_the_search(tmp_path, first_steps):
+def test_a_person_takes_the_place_of_the_search(tmp_path, first_steps, capsys):
     G = build_generator()
     name = "decoder.net.2.bias"
     person = replace(subjects.seed_to_person(G, 7), offsets={name: torch.arange(9.0) - 4})
-    subjects.save_person(person, tmp_path / "me.safetensors")
+    subjects.save_person(person, tmp_path / "me.safetensors", mapping_weights="crc32 00000000")
     head = found(small_config(tmp_path, latents=tmp_path / "me.safetensors"))
     assert torch.equal(head.own_ws, person.ws)
     tuned = G.get_parameter(name) + torch.arange(9.0) - 4
     assert torch.equal(head.get_parameter(name), tuned)  # What tuning on the photo added.
+    assert "me.safetensors was made with another generator" in capsys.readouterr().err
 
 
 def test_without_a_search_the_seeds_head_is_taken(tmp_path, first_steps):
