@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import Config
 from harness.run_folder import locate
-from losses import denoised_latents
+from losses import denoised_latents, grown_mask
 from models.cameras import VIEW_WORDS, sides_of
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
@@ -214,14 +214,25 @@ class Guides:
         return self.prior.depth_condition(source["image_depth"], source["mask"])
 
     @torch.no_grad()
-    def paint(self, source: Outputs, latents_src: Tensor) -> Tensor:
-        """Return what the prior makes of the source's pictures, [b, 3, R, R], clamped to [-1, 1].
+    def paint(self, source: Outputs, latents_src: Tensor) -> Outputs:
+        """Return what the prior makes of the source's pictures.
 
         Pictures larger than the prior's own are shrunk to its size. Outside of the foreground and
         its margin, with --mask, the source's picture stays as it is.
+
+        Args:
+            source: Its outputs; with "adapted_depth" and "adapted_mask", heads are painted as those
+                say they have become.
+
+        Returns:
+            "image" [b, 3, R, R], clamped to [-1, 1], and if the source has one its foreground,
+            "mask" [b, 1, n, n]: the source's, which may have grown into the margin.
         """
         cfg, how = self.cfg, self.cfg.targets
         image = shrink(source["image"], self.prior.image_size)
+        shape = source
+        if "adapted_mask" in source:
+            shape = {"image_depth": source["adapted_depth"], "mask": source["adapted_mask"]}
         latents = denoised_latents(
             self.prior,
             latents_src,
@@ -230,16 +241,20 @@ class Guides:
             how.level,
             how.steps,
             cfg.guidance,
-            self.depth(source),
+            self.depth(shape),
             None if how.inverted else self.one_noise,
+            self.depth(source),
         )
         painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
+        if "mask" not in source:
+            return {"image": painted}
+        mask, margin = source["mask"], round(how.margin * source["mask"].shape[-1])
         if cfg.mask:
-            margin = round(how.margin * source["mask"].shape[-1])
-            mask = F.max_pool2d(source["mask"], 2 * margin + 1, 1, margin)
-            mask = F.interpolate(mask, image.shape[2:], mode="bilinear")
-            painted = image + mask * (painted - image)
-        return painted
+            within = F.max_pool2d(torch.maximum(mask, shape["mask"]), 2 * margin + 1, 1, margin)
+            within = F.interpolate(within, image.shape[2:], mode="bilinear")
+            painted = image + within * (painted - image)
+        grows = margin or not cfg.mask
+        return {"image": painted, "mask": grown_mask(painted, image, mask) if grows else mask}
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the latents of images of any size, [B, 4, h, w]."""

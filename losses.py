@@ -21,6 +21,7 @@ from models.noise import NoisePredictor, add_noise, ddim, guided_noise, noise_pa
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
+CHANGE = (0.3, 0.9)  # A background pixel that changes by more, of 2, begins to be, and is, a head.
 ROUNDING = 1e-4  # Ratios of squared distances that differ by less are equal.
 
 
@@ -165,6 +166,7 @@ def denoised_latents(
     guidance: float,
     depth: Tensor | None = None,
     noise: Tensor | None = None,
+    depth_src: Tensor | None = None,
 ) -> Tensor:
     """Return what the prior makes of the source's latents: a target to regress onto, [B, 4, h, w].
 
@@ -183,12 +185,14 @@ def denoised_latents(
         depth: Condition of the prior; None goes without.
         noise: Of all heads, [1, 4, h, w]: what it happens to mean is the same change for all. None
             inverts the source's latents instead, and what the prior knows of each person stays.
+        depth_src: The source's, for the inversion, where `depth` is another; None: `depth`.
     """
     last = round(level * (len(prior.alphas_cumprod) - 1))
     up = torch.linspace(0, last, steps + 1).round().int().tolist()
     if noise is None:
         end = 0  # Inversion begins there, so the way back ends there.
-        latents_t = ddim(prior, latents_src, condition_src, up, 1.0, depth)
+        depth_src = depth if depth_src is None else depth_src
+        latents_t = ddim(prior, latents_src, condition_src, up, 1.0, depth_src)
     else:
         end = -1
         t = torch.full_like(latents_src[:, 0, 0, 0], last).long()
@@ -205,6 +209,24 @@ def denoised_loss(images: Tensor, targets: Tensor, cells: int = 4) -> Tensor:
     difference = images - targets.detach()
     coarse = F.avg_pool2d(difference, cells)
     return difference.abs().flatten(1).mean(1) + coarse.abs().flatten(1).mean(1)
+
+
+def grown_mask(painted: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """Return the source's foreground, and what a painted picture shows on its background.
+
+    Args:
+        painted: A picture of the same heads in another domain, [B, 3, H, W].
+        image: The source's, likewise.
+        mask: The source's foreground, [B, 1, n, n].
+    """
+    change = (painted - image).abs().amax(1, keepdim=True)
+    new = ((change - CHANGE[0]) / (CHANGE[1] - CHANGE[0])).clamp(0, 1)
+    return torch.maximum(mask, F.adaptive_avg_pool2d(new, mask.shape[-1]))
+
+
+def silhouette_loss(mask: Tensor, target: Tensor) -> Tensor:
+    """L1 between a foreground and what it should be."""
+    return (mask - target.detach()).abs().flatten(1).mean(1)
 
 
 def fusion_sds_loss(

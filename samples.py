@@ -23,13 +23,18 @@ from terms import Moment, Seen, needed, pull_back
 class Pool:
     """The source's samples, kept for the steps that use them again.
 
-    It is no part of a checkpoint: all that is in it follows from the numbers of the draws.
+    They are no part of a checkpoint: all follow from the numbers of the draws and from `shaper`.
+
+    Attributes:
+        shaper: The adapted generator as it was when the second half of the run began, whose depth
+            the prior is given from then on; None before, and without --targets.adapted-depth.
     """
 
     def __init__(self, cfg: Config, G_src: Generator, guides: Guides) -> None:
         """Take what samples are made with."""
         self.cfg, self.G_src, self.guides = cfg, G_src, guides
-        self.wanted = needed(cfg)
+        self.wanted = needed(cfg) | {"adapted_depth", "adapted_mask"}
+        self.shaper: Generator | None = None
         self._kept: dict[tuple[int, int], Seen] = {}  # By draw and place in the batch.
 
     def source(self, draw: int, first: int, ws: Tensor, c: Tensor, rays: Draw) -> Seen:
@@ -40,10 +45,24 @@ class Pool:
             return seen
         with torch.no_grad():
             outputs = {"c": c} | draw_samples(self.G_src, ws, c, rays)
+            if self.shaper is not None:
+                adapted = self.shaper.synthesis(ws, c, rays=rays)
+                outputs["adapted_depth"] = adapted["image_depth"]
+                outputs["adapted_mask"] = adapted["mask"]
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
         if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
         return seen
+
+
+def reshapes(cfg: Config, step: int) -> bool:
+    """Whether the pool that begins with this step is the first of the run's second half.
+
+    Its heads are the first to be painted from the adapted generator's depth.
+    """
+    length = cfg.targets.pool * cfg.targets.reuse
+    first = -(-cfg.steps // (2 * length)) * length + 1
+    return cfg.targets.adapted_depth and step == first
 
 
 def draw_samples(

@@ -33,6 +33,7 @@ from losses import (
     relative_distance_loss,
     score_direction_loss,
     score_reconstruction_loss,
+    silhouette_loss,
     source_noise,
     structure_loss,
     target_loss,
@@ -111,7 +112,12 @@ class Seen:
     @cached_property
     def painted(self) -> Seen:
         """The prior's own pictures of these samples."""
-        return Seen(self.guides, {"image": self.guides.paint(self.outputs, self.view("latents"))})
+        return Seen(self.guides, self.guides.paint(self.outputs, self.view("latents")))
+
+    @cached_property
+    def growth(self) -> Tensor:
+        """Where those pictures show more than the source, [b, 1, n, n]."""
+        return self.painted.view("mask") > self.view("mask")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,11 @@ def denoised(images: Tensor, now: Moment) -> Tensor:
 def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
     """Distance of ViT layers to those of the prior's own pictures, [b, 4, g, g, D]."""
     return perceptual_loss(layers.unbind(1), now.source.painted.view("layers").unbind(1))
+
+
+def silhouette(mask: Tensor, now: Moment) -> Tensor:
+    """Distance to the foreground of the prior's own pictures."""
+    return silhouette_loss(mask, now.source.painted.view("mask"))
 
 
 def fusion(latents: Tensor, now: Moment) -> Tensor:
@@ -283,6 +294,7 @@ TERMS = {
     "hsc": Term("tokens", hsc, frozenset({"vit"})),
     "denoised": Term("pixels", denoised, frozenset({"prior"})),
     "denoised_tokens": Term("layers", denoised_tokens, frozenset({"prior", "vit"})),
+    "silhouette": Term("mask", silhouette, frozenset({"prior"})),
     "fusion": Term("clamped latents", fusion, frozenset({"prior"})),
     "fusion_clipped": Term("clipped latents", fusion, frozenset({"prior"})),
     "score_direction": Term("clamped latents", score_direction, frozenset({"prior"})),

@@ -63,13 +63,14 @@ from samples import (
     draw_samples,
     draw_times,
     layer_choices,
+    reshapes,
     select_layers,
     step_seed,
 )
 from terms import Everyone, Moment, Row, load_guides, needed, pull_back
 
 EMA_HALF_LIFE = 0.05  # As a fraction of the run: long enough to calm the result, short to follow.
-GROWTH = 0.05  # Least slope of the density for gradients, where shapes may grow into empty space.
+GROWTH = 0.02  # Least slope of the density for gradients, where shapes grow into empty space.
 GRID_SEEDS = list(range(8))
 
 
@@ -209,7 +210,7 @@ def take_step(run: Run, step: int) -> Row:
     ws = G.mapping(z, conditioning[cfg.mapping_camera], cfg.trunc)
     # One jitter of the rays for both generators, drawn for the whole batch.
     torch.manual_seed(step_seed(cfg.seed, draw, stream=1))
-    rays = replace(G.rays(c), leak=GROWTH if cfg.targets.margin else 0.0)
+    rays = G.rays(c)
     everyone = gather_planes(run, ws) if "batch" in needs else None
 
     learning = run.phases[(step - 1) * len(run.phases) // cfg.steps]
@@ -217,13 +218,18 @@ def take_step(run: Run, step: int) -> Row:
         learning = select_layers(cfg, G, run.pool, step, t, learning)
     for name, weight in run.weights.items():
         weight.requires_grad_(name in learning)
+    if reshapes(cfg, step):
+        run.pool.shaper = copy.deepcopy(run.G_ema)
     row: Row = {}  # Means over the batch.
     run.optimizer.zero_grad()
     for part in ranks.slices(cfg.batch, cfg.micro_batch):
         # Render the same samples before and after.
         # What learns is in float32, for gradients too small for half precision.
-        source = run.pool.source(draw, part.start, ws[part], c[part], rays.cut(part))
-        adapted = draw_samples(G, ws[part], c[part], rays.cut(part), force_fp32=True)
+        cut = rays.cut(part)
+        source = run.pool.source(draw, part.start, ws[part], c[part], cut)
+        if cfg.targets.margin and "silhouette" in active:
+            cut = replace(cut, leak=GROWTH * source.growth.flatten(1))
+        adapted = draw_samples(G, ws[part], c[part], cut, force_fp32=True)
 
         # Sum the terms' gradients at the outputs, then go back through the generator once.
         now = Moment(
@@ -303,6 +309,8 @@ def save_run(run: Run, step: int, log: TextIO) -> None:
         "averages": run.averages,
         "optimizer": run.optimizer.state_dict(),
     }
+    if shaper := run.pool.shaper:
+        state["shapes"] = {name: shaper.get_parameter(name) for name in run.weights}
     save_checkpoint(run.cfg.out / f"ckpt-{step:06d}.pt", state)
 
 
@@ -314,13 +322,18 @@ def restore(state: dict, run: Run) -> None:
         ValueError: the checkpoint is of another run.
     """
     shapes = {name: weight.shape for name, weight in run.weights.items()}
-    for kept in (state.get("weights", {}), state.get("averages", {})):
+    shaped = state.get("shapes", run.weights)
+    for kept in (state.get("weights", {}), state.get("averages", {}), shaped):
         if {name: weight.shape for name, weight in kept.items()} != shapes:
             raise ValueError("the newest checkpoint is of another run: other weights learn there")
     for name, weight in run.weights.items():
         weight.copy_(state["weights"][name])
         run.averages[name].copy_(state["averages"][name])
     run.optimizer.load_state_dict(state["optimizer"])
+    if "shapes" in state:
+        run.pool.shaper = copy.deepcopy(run.G_src)
+        for name, weight in state["shapes"].items():
+            run.pool.shaper.get_parameter(name).copy_(weight)
 
 
 def save_grid(cfg: Config, step: int, source_row: Tensor, G_ema: Generator) -> None:

@@ -21,7 +21,7 @@ class Draw(Protocol):
     """All that is random in the render of a batch."""
 
     @property
-    def leak(self) -> float:
+    def leak(self) -> Tensor | None:
         """See `renderer.Rays`."""
         ...
 

@@ -200,7 +200,7 @@ def importance_depths(depths: Tensor, weights: Tensor, uniform: Tensor) -> Tenso
     return bins_low + (uniform - cdf_low) / span * (bins_high - bins_low)
 
 
-def march_weights(depths: Tensor, sigma: Tensor, leak: float = 0.0) -> Tensor:
+def march_weights(depths: Tensor, sigma: Tensor, leak: Tensor | None = None) -> Tensor:
     """Return the weight of each interval between neighbouring samples, [..., S - 1].
 
     Raw densities are averaged over an interval before the softplus; nothing lies behind the last.
@@ -208,12 +208,12 @@ def march_weights(depths: Tensor, sigma: Tensor, leak: float = 0.0) -> Tensor:
     Args:
         depths: Ascending depths, [..., S].
         sigma: Raw densities, [..., S].
-        leak: See `Rays`.
+        leak: See `Rays`, [...].
     """
     raw = (sigma[..., :-1] + sigma[..., 1:]) / 2 - 1
     density = F.softplus(raw)
-    if leak and raw.requires_grad:
-        missing = (leak - raw.detach().sigmoid()).clamp_min(0)
+    if leak is not None and raw.requires_grad:
+        missing = (leak.unsqueeze(-1) - raw.detach().sigmoid()).clamp_min(0)
         density = density + missing * (raw - raw.detach())  # Adds 0, and its slope.
     optical = density * depths.diff(dim=-1)  # [..., S - 1]
     transmitted = torch.exp(optical - optical.cumsum(-1))  # Exclusive: up to the interval's start.
@@ -253,8 +253,9 @@ class Rays:
         uniform: Random numbers that place the fine samples, [B, M, S2].
         nearest: Least depth among the whole batch's samples.
         farthest: Greatest of them. EG3D gives it to empty rays.
-        leak: Least slope of the density's softplus that gradients see. In empty space the true one
-            vanishes, and nothing can grow there; what is rendered stays the same.
+        leak: Least slope of the density's softplus that each ray's gradients see, [B, M]; None is
+            the true one. In empty space that vanishes, and nothing can grow there; what is
+            rendered stays the same.
     """
 
     origins: Tensor
@@ -263,18 +264,20 @@ class Rays:
     uniform: Tensor
     nearest: Tensor
     farthest: Tensor
-    leak: float = 0.0
+    leak: Tensor | None = None
 
     def cut(self, rows: slice) -> "Rays":
         """Return the rays of a part of the batch, which render as they would among all."""
         parts = (self.origins, self.directions, self.depths, self.uniform)
-        return Rays(*(part[rows] for part in parts), self.nearest, self.farthest, self.leak)
+        leak = None if self.leak is None else self.leak[rows]
+        return Rays(*(part[rows] for part in parts), self.nearest, self.farthest, leak)
 
     def split(self, count: int) -> Iterator["Rays"]:
         """Yield so many rays of every batch element at a time."""
         parts = (self.origins, self.directions, self.depths, self.uniform)
-        for chunk in zip(*(part.split(count, 1) for part in parts), strict=True):
-            yield Rays(*chunk, self.nearest, self.farthest, self.leak)
+        leak = () if self.leak is None else (self.leak,)
+        for chunk in zip(*(part.split(count, 1) for part in (*parts, *leak)), strict=True):
+            yield Rays(*chunk[:4], self.nearest, self.farthest, *chunk[4:])
 
 
 def draw_rays(origins: Tensor, directions: Tensor, options: RayOptions) -> Rays:

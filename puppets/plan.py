@@ -19,6 +19,7 @@ DOCS = Path("docs")
 TABLE = ("bronze", "clown", *HELD_OUT[:4])  # The first two were tuned on.
 COMPARED = ("clown", "devil", "robot")  # In the ablations: one that was tuned on, two held out.
 OURS = "Denoised targets"
+SHAPES = f"{OURS}, shapes free"
 # The same domains in other words, some of which the embedded prior has never read.
 PARAPHRASES = {
     "bronze": "an old statue cast in bronze",
@@ -98,6 +99,20 @@ GROUPS = {
         },
         COMPARED,
         (0,),
+        method="denoised",
+    ),
+    "shapes": Group(
+        "Shapes that may change, where the domain has others",
+        {OURS: {}, SHAPES: {"method": "denoised-shapes"}},
+        ("robot", "devil", "elf", "alien"),
+        (0, 1),
+        method="denoised",
+    ),
+    "shapes-everywhere": Group(
+        "Shapes that may change",
+        {OURS: {}, SHAPES: {"method": "denoised-shapes"}},
+        TABLE,
+        (0, 1),
         method="denoised",
     ),
     "paraphrases": Group(
@@ -268,6 +283,7 @@ def plan() -> dict[str, dict]:
 def limit_plan() -> dict[str, tuple[str, str]]:
     """Return the kind and the domain of every ceiling and floor, by the name of its row."""
     kinds = [(kind, domain) for domain in HELD_OUT for kind in LIMITS]
+    kinds.append((LIMITS[-1], "alien"))  # Whose shapes differ most.
     return {f"{slug(kind)}-{domain}-s0": (kind, domain) for kind, domain in kinds}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "harness": 0,
+    **dict.fromkeys(("harness", "presets"), 0),
     **dict.fromkeys(("config", "models"), 1),
     **dict.fromkeys(("files", "losses", "metrics"), 2),
     **dict.fromkeys(("guides", "terms", "samples", "subjects", "render", "refine"), 3),

@@ -15,12 +15,14 @@ from losses import (
     dsds_loss,
     edit_mask,
     fusion_sds_loss,
+    grown_mask,
     hsc_loss,
     keep_loss,
     perceptual_loss,
     relative_distance_loss,
     score_direction_loss,
     score_reconstruction_loss,
+    silhouette_loss,
     source_noise,
     structure_loss,
     target_loss,
@@ -373,6 +375,28 @@ def test_relative_distance_of_a_part_is_that_part_of_the_whole():
     ratios = torch.pdist(together.flatten(1)).square() / torch.pdist(planes_src.flatten(1)).square()
     (4 * (ratios - 1).abs().mean()).backward()
     torch.testing.assert_close(2 * gradient, together.grad)
+
+
+def test_grown_mask_is_the_source_and_what_changed_on_its_background():
+    image = torch.ones(1, 3, 8, 8)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :1] = 0.5
+    painted = image.clone()
+    painted[:, 1, :, 4:6] = -0.5  # One channel is enough; a cell is 2 x 2 pixels.
+    painted[:, :, :, 6:] = 0.75  # A tint of the background is none.
+    grown = grown_mask(painted, image, mask)
+    assert grown[0, 0, 0].tolist() == [0.5, 0, 1, 0]
+    painted[:, :, :, 6:] = 0.4  # Half-way.
+    assert grown_mask(painted, image, mask)[0, 0, 0, 3].item() == pytest.approx(0.5)
+
+
+def test_silhouette_is_the_mean_difference():
+    mask = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2).requires_grad_()
+    target = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).requires_grad_()
+    loss = silhouette_loss(mask, target)
+    assert loss.tolist() == [0.75]
+    loss.sum().backward()
+    assert mask.grad.flatten().tolist() == [-0.5, 0.5] and target.grad is None
 
 
 class Painter(FakePrior):

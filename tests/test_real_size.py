@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 import avatar
 import bench
-import config
+import presets
 import train
 from files.generators import load_generator
 from harness.run_folder import REPOSITORY
@@ -127,7 +127,7 @@ def test_training_on_files_of_real_size(tmp_path, networks):
 
     adapted, source = load_generator(tmp_path / "run"), load_generator(files["generator"])
     moved = {n for n, w in adapted.named_parameters() if not w.equal(source.get_parameter(n))}
-    assert len(moved) == len(train.learning_weights(source, config.WEIGHTS_LEARN[0]))
+    assert len(moved) == len(train.learning_weights(source, presets.WEIGHTS_LEARN[0]))
     with safe_open(tmp_path / "run/generator.safetensors", "pt") as file:
         assert len(file.keys()) == len(G.state_dict())
 

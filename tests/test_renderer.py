@@ -1,6 +1,7 @@
 """Rays, plane lookups, importance sampling and ray marching, against closed forms and loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from models.eg3d import PLANE_AXES
 from models.field import Decoder, evaluate_points, fold_planes, look_up, softplus2_
 from models.renderer import (
     RayOptions,
+    Rays,
     box_depths,
     coarse_depths,
     draw_rays,
@@ -391,10 +393,20 @@ def test_missing_options_are_named():
         RayOptions.from_kwargs(kwargs)
 
 
+def test_leak_of_each_ray_goes_with_it_through_cuts_and_splits():
+    rays = Rays(*torch.rand(4, 3, 6, 3), torch.tensor(0.0), torch.tensor(1.0), torch.rand(3, 6))
+    assert torch.equal(rays.cut(slice(1, 3)).leak, rays.leak[1:3])
+    parts = list(rays.split(4))
+    assert [part.leak.shape[1] for part in parts] == [4, 2]
+    assert torch.equal(torch.cat([part.leak for part in parts], dim=1), rays.leak)
+    assert replace(rays, leak=None).cut(slice(1)).leak is None
+    assert all(part.leak is None for part in replace(rays, leak=None).split(4))
+
+
 def test_leak_changes_no_weight_and_lets_gradients_into_empty_space():
     depths = torch.linspace(1, 2, 8)
     sigma = torch.tensor([-30.0] * 4 + [2.0] * 4, requires_grad=True)
-    plain, leaky = march_weights(depths, sigma), march_weights(depths, sigma, leak=0.05)
+    plain, leaky = (march_weights(depths, sigma, x) for x in (None, torch.tensor(0.05)))
     assert torch.equal(plain, leaky)
     (without,), (with_leak,) = (
         torch.autograd.grad(w[0], sigma) for w in (plain, leaky)
@@ -403,5 +415,8 @@ def test_leak_changes_no_weight_and_lets_gradients_into_empty_space():
     slope = 0.05 * (depths[1] - depths[0]) / 2  # Of its opacity, at each end.
     torch.testing.assert_close(with_leak[:2], slope.expand(2))
     solid = torch.tensor([2.0] * 8, requires_grad=True)
-    slopes = [torch.autograd.grad(march_weights(depths, solid, x).sum(), solid) for x in (0, 0.05)]
+    slopes = [
+        torch.autograd.grad(march_weights(depths, solid, leak).sum(), solid)
+        for leak in (None, torch.tensor(0.05))
+    ]
     torch.testing.assert_close(*slopes)

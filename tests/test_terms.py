@@ -106,6 +106,40 @@ def test_the_prior_paints_the_foreground_alone(tmp_path, mask):
     assert (changed[-quarter:].max() == 0) == mask
 
 
+def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
+    given = options(tmp_path / "run", method="denoised-shapes", targets={"margin": 0.25})
+    run = prepared(Config(**given))
+    torch.manual_seed(0)
+    ws = run.G.mapping(torch.randn(2, run.G.z_dim), run.G.cameras.frontal(2))
+    source = run.G_src.synthesis(ws, run.G.cameras.sample(2))
+    source["mask"] = torch.zeros_like(source["mask"])
+    n = source["mask"].shape[-1]
+    source["mask"][..., : n // 4] = 1.0  # The left quarter of the picture.
+    # What was painted is far from the source, and beyond the margin it is the source.
+    run.guides.prior.decode_latents = lambda latents: -source["image"].sign().expand(2, 3, -1, -1)
+    seen = terms.Seen(run.guides, source)
+    mask = seen.painted.view("mask")
+    assert mask.shape == source["mask"].shape and (mask >= source["mask"]).all()
+    assert mask[..., n // 4 : n // 2 - 1].mean() > 0.9 and (mask[..., n // 2 + 1 :] == 0).all()
+    assert torch.equal(seen.growth, mask > source["mask"])
+    run.guides.cfg = Config(**given | {"targets": {"margin": 0.0}})
+    still = terms.Seen(run.guides, source)
+    assert torch.equal(still.painted.view("mask"), source["mask"]) and not still.growth.any()
+
+
+def test_silhouette_pulls_the_foreground_towards_the_painted_one(tmp_path):
+    run = prepared(Config(**options(tmp_path / "run", method="denoised-shapes")))
+    target = torch.rand(2, 1, 12, 12)
+    source = terms.Seen(run.guides, {})
+    vars(source)["painted"] = terms.Seen(run.guides, {"mask": target})
+    now = terms.Moment(run.guides, source, torch.zeros(2), torch.zeros(2, 2))
+    mask = torch.rand(2, 1, 12, 12)
+    gradients, row = terms.pull_back({"mask": mask}, {"silhouette": 2.0}, now, batch=2)
+    assert gradients.keys() == {"mask"}
+    torch.testing.assert_close(gradients["mask"], (mask - target).sign() / 144)
+    assert row["silhouette"] == pytest.approx(2 * (mask - target).abs().mean().item())
+
+
 def test_targets_from_noise_start_all_alike(tmp_path):
     given = options(tmp_path / "run", weights={"denoised": 1.0}, targets={"inverted": False})
     noise, again = (prepared(Config(**given)).guides.one_noise for _ in range(2))

@@ -103,6 +103,56 @@ def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, unbroken_painted
     assert run(tmp_path / "run", **PAINTED) == unbroken_painted
 
 
+# Three draws; the last is painted from the depth of what the steps before have made.
+SHAPED = {
+    "method": "denoised-shapes",
+    "targets": {"steps": 2, "pool": 1, "reuse": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken_shaped(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("shaped") / "run", **SHAPED)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_resumed_run_with_shapes_equals_unbroken_run(tmp_path, unbroken_shaped, steps):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
+        stop_after(monkeypatch, steps)
+        run(tmp_path / "run", **SHAPED)
+    assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+
+
+def test_second_half_is_painted_from_the_adapted_depth(tmp_path, monkeypatch, unbroken_shaped):
+    shapes = []
+    paint = Guides.paint
+
+    def spy(guides, source, latents_src):
+        shapes.append((source["image_depth"], source.get("adapted_depth")))
+        return paint(guides, source, latents_src)
+
+    monkeypatch.setattr(Guides, "paint", spy)
+    assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+    assert [adapted is None for _, adapted in shapes] == [True, True, False]
+    source, adapted = shapes[-1]
+    assert source.shape == adapted.shape and not torch.equal(source, adapted)
+    given = SHAPED | {"targets": SHAPED["targets"] | {"adapted_depth": False}}
+    plain = run(tmp_path / "plain", **given)["log.jsonl"]
+    assert plain[:4] == unbroken_shaped["log.jsonl"][:4]
+    assert plain[4] != unbroken_shaped["log.jsonl"][4]
+
+
+@pytest.mark.parametrize(
+    ("steps", "pool", "reuse", "first"), [(132, 22, 3, 67), (6, 1, 2, 5), (130, 22, 3, 67)]
+)
+def test_second_half_begins_with_a_pool(steps, pool, reuse, first):
+    targets = {"pool": pool, "reuse": reuse, "adapted_depth": True}
+    cfg = train.Config(prompt="x", steps=steps, targets=targets)
+    assert [step for step in range(1, steps + 1) if samples.reshapes(cfg, step)] == [first]
+    cfg = train.Config(prompt="x", steps=steps, targets=targets | {"adapted_depth": False})
+    assert not any(samples.reshapes(cfg, step) for step in range(1, steps + 1))
+
+
 def test_every_target_is_painted_once(tmp_path, monkeypatch, unbroken_painted):
     painted = []
     paint = Guides.paint
