@@ -141,7 +141,7 @@ class Targets:
     margin: Fraction = 0.0
     """Width around the foreground where shapes may grow, as a fraction of the picture's."""
     adapted_depth: bool = False
-    """In the second half of the run, paint from the depth of what the first has made."""
+    """From the second pool on, paint from the depth of what heads have become, not the source's."""
     pool: Count = 25  # Batches of heads that are used in turn.
     reuse: Count = 1  # Steps that use each of them, before others take their place.
 

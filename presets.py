@@ -75,10 +75,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The same, where shapes may change: the source's depth holds less, and painting begins earlier.
 METHODS["denoised-shapes"] = METHODS["denoised"] | {
-    "depth_scale": 0.25,
+    "depth_scale": 0.2,
     "targets": {
         **{"level": 0.9, "steps": 6, "margin": 0.1, "adapted_depth": True},
-        **{"pool": 22, "reuse": 3},
+        **{"pool": 22, "reuse": 2},
     },
 }
 # The same where generators make pictures alone: nothing has depth or a mask.
@@ -135,8 +135,8 @@ TUNED: dict[str, dict[str, float]] = {
     ),
 }
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
-PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 1.0}
-TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 132, "silhouette": 1.0}
+PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0}
+TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 132, "guidance": 2.0, "silhouette": 2.0}
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {
     "stylegan-fusion": dict(

@@ -26,8 +26,8 @@ class Pool:
     They are no part of a checkpoint: all follow from the numbers of the draws and from `shaper`.
 
     Attributes:
-        shaper: The adapted generator as it was when the second half of the run began, whose depth
-            the prior is given from then on; None before, and without --targets.adapted-depth.
+        shaper: The adapted generator as it was when this pool began, from whose depth the prior
+            paints; None in the first pool, and without --targets.adapted-depth.
     """
 
     def __init__(self, cfg: Config, G_src: Generator, guides: Guides) -> None:
@@ -56,13 +56,9 @@ class Pool:
 
 
 def reshapes(cfg: Config, step: int) -> bool:
-    """Whether the pool that begins with this step is the first of the run's second half.
-
-    Its heads are the first to be painted from the adapted generator's depth.
-    """
+    """Whether a step begins a pool that is painted from what heads have become: not the first."""
     length = cfg.targets.pool * cfg.targets.reuse
-    first = -(-cfg.steps // (2 * length)) * length + 1
-    return cfg.targets.adapted_depth and step == first
+    return cfg.targets.adapted_depth and step > 1 and (step - 1) % length == 0
 
 
 def draw_samples(

@@ -390,13 +390,14 @@ def test_grown_mask_is_the_source_and_what_changed_on_its_background():
     assert grown_mask(painted, image, mask)[0, 0, 0, 3].item() == pytest.approx(0.5)
 
 
-def test_silhouette_is_the_mean_difference():
-    mask = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2).requires_grad_()
-    target = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).requires_grad_()
+def test_silhouette_is_the_mean_difference_but_does_not_pull_at_rounding():
+    mask = torch.tensor([0.0, 0.5, 0.3, 0.3]).view(1, 1, 1, 4).requires_grad_()
+    target = torch.tensor([1.0, 0.0, 0.3 - 1e-6, 0.3]).view(1, 1, 1, 4).requires_grad_()
     loss = silhouette_loss(mask, target)
-    assert loss.tolist() == [0.75]
+    assert loss.item() == pytest.approx((0.95 + 0.45) / 4)  # Less half of what is quadratic.
     loss.sum().backward()
-    assert mask.grad.flatten().tolist() == [-0.5, 0.5] and target.grad is None
+    assert mask.grad.flatten()[:2].tolist() == [-0.25, 0.25] and target.grad is None
+    assert mask.grad.flatten()[2:].abs().max() < 1e-5
 
 
 class Painter(FakePrior):
