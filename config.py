@@ -109,7 +109,7 @@ class Weights:
     hsc: Weight = 0.0  # GCA-3D's hierarchical spatial consistency (lambda).
     denoised: Weight = 0.0  # Distance to what the prior paints of the source's pictures.
     denoised_tokens: Weight = 0.0  # The same distance in a ViT's tokens.
-    silhouette: Weight = 0.0  # Distance to their foreground, which grows into a margin.
+    silhouette: Weight = 0.0  # Distance to their foreground, if the background is plain.
     fusion: Weight = 0.0  # StyleGAN-Fusion's score distillation.
     fusion_clipped: Weight = 0.0  # The same, its gradient clipped at the picture (StyleGAN2).
     score_direction: Weight = 0.0  # StyleGAN-Fusion's directional regulariser.

@@ -171,7 +171,7 @@ def test_true_heads_are_seen_as_the_adapted_ones_are():
 def test_numbers_of_the_findings_are_those_that_the_experiments_wrote():
     names = ("docs/findings.md", "docs/results.md")
     shown, written = (read_tables(REPOSITORY / name) for name in names)
-    assert [len(table) for table in shown] == [8, 3, 6, 3, 1, 5, 7, 6, 10]
+    assert [len(table) for table in shown] == [8, 3, 6, 3, 1, 5, 7, 2, 2, 6, 10]
     for table in shown:
         assert any(
             all(any(row.items() <= other.items() for other in rows) for row in table)
