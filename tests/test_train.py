@@ -95,14 +95,6 @@ def unbroken_painted(short_runs, tmp_path_factory):
     return run(tmp_path_factory.mktemp("painted") / "run", **PAINTED)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4])
-def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, unbroken_painted, steps):
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
-        stop_after(monkeypatch, steps)
-        run(tmp_path / "run", **PAINTED)
-    assert run(tmp_path / "run", **PAINTED) == unbroken_painted
-
-
 # Three draws; the last two are painted from the depth of what the steps before have made.
 SHAPED = {
     "method": "denoised-shapes",
@@ -115,12 +107,16 @@ def unbroken_shaped(short_runs, tmp_path_factory):
     return run(tmp_path_factory.mktemp("shaped") / "run", **SHAPED)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5])
-def test_resumed_run_with_shapes_equals_unbroken_run(tmp_path, unbroken_shaped, steps):
+@pytest.mark.parametrize(
+    ("given", "name", "steps"),
+    [(PAINTED, "unbroken_painted", steps) for steps in (1, 3, 4)]
+    + [(SHAPED, "unbroken_shaped", steps) for steps in (1, 2, 5)],
+)
+def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, request, given, name, steps):
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
         stop_after(monkeypatch, steps)
-        run(tmp_path / "run", **SHAPED)
-    assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+        run(tmp_path / "run", **given)
+    assert run(tmp_path / "run", **given) == request.getfixturevalue(name)
 
 
 def test_later_pools_are_painted_from_the_adapted_depth(tmp_path, monkeypatch, unbroken_shaped):
