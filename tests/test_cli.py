@@ -272,6 +272,10 @@ BAD = {
     },
     "coarse features": (coarse_features, "--features"),
     "strange cameras": (strange_cameras, "foo"),
+    "shapes of pictures": (
+        lambda _: {"base": "puppets2d", "weights": {"silhouette": 1.0}},
+        "--weights.silhouette needs masks, and --base puppets2d has none",
+    ),
     "a batch of one for distances": (
         lambda _: {"method": "diffusiongan3d", "batch": 1},
         "--weights.distance needs a --batch of at least 2, got 1",
