@@ -338,8 +338,8 @@ def take(cfg: Config, device: torch.device) -> Generator:
 def load_painter(run: config.Config, G: Generator, device: torch.device) -> Guides:
     """Load the prior as painting needs it, with CLIP.
 
-    Methods that paint nothing have a guidance and a depth for other purposes; those of denoised
-    targets take their place.
+    Other methods than denoised targets have a guidance and a depth for other purposes: to distil,
+    or to let shapes change. Those of denoised targets take their place.
     """
     alone = replace(run, weights=config.Weights(denoised=1.0))
     if run.method != "denoised":
