@@ -413,8 +413,9 @@ def _check_weights(cfg: Config) -> None:
             f"--select-layers goes by score distillation: one of --weights "
             f"{', '.join(SCORE_DISTILLATION)} must be on"
         )
-    if "silhouette" in on and cfg.base in FLAT:
-        raise ValueError(f"--weights.silhouette needs masks, and --base {cfg.base} has none")
+    if cfg.base in FLAT and ("silhouette" in on or cfg.targets.adapted_depth):
+        flag = "--weights.silhouette" if "silhouette" in on else "--targets.adapted-depth"
+        raise ValueError(f"{flag} needs depth and masks, and --base {cfg.base} has none")
     if "target" in on and not cfg.image:
         raise ValueError("--weights.target needs the picture of --image")
     if "distance" in on and cfg.batch < 2:

@@ -1,8 +1,9 @@
-"""The presets of bases and methods: every number that a run has when it is not given.
+"""The presets of bases and methods: what a run has where nothing is given.
 
-Rows of four kinds, the later above the former: BASES, METHODS (what a method is on any base),
-NUMBERS (what it needs on this base) and EDITS. A name is that of an option (config.Config), of a
-weight (config.Weights), or a group of options: "targets", "scores".
+What is the same for all of them stands beside the options in config.py. Rows of four kinds, the
+later above the former: BASES, METHODS (what a method is on any base), NUMBERS (what it needs on
+this base) and EDITS. A name is that of an option (config.Config), of a weight (config.Weights), or
+a group of options: "targets", "scores".
 """
 
 from __future__ import annotations

@@ -357,7 +357,7 @@ def needed(cfg: Config) -> frozenset[str]:
     needs |= {"c"} if cfg.view_words else set()
     for name in cfg.weights.on():
         needs |= TERMS[name].needs | {VIEWS[TERMS[name].view].output}
-    if "prior" in needs and cfg.depth_scale:
+    if "prior" in needs and cfg.depth_scale or cfg.targets.adapted_depth:
         needs |= {"image_depth", "mask"}
     return frozenset(needs)
 
@@ -393,6 +393,6 @@ def check_generator(cfg: Config, G: Generator) -> None:
     if missing := needed(cfg) & known - G.gives:
         raise ValueError(
             f"{cfg.generator} gives no {', '.join(sorted(missing))}, which --weights "
-            f"{', '.join(cfg.weights.on())} with --depth-scale {cfg.depth_scale:g} and --mask "
-            f"{cfg.mask} need"
+            f"{', '.join(cfg.weights.on())} with --depth-scale {cfg.depth_scale:g}, --mask "
+            f"{cfg.mask} and --targets.adapted-depth {cfg.targets.adapted_depth} need"
         )

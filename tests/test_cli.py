@@ -274,7 +274,7 @@ BAD = {
     "strange cameras": (strange_cameras, "foo"),
     "shapes of pictures": (
         lambda _: {"base": "puppets2d", "weights": {"silhouette": 1.0}},
-        "--weights.silhouette needs masks, and --base puppets2d has none",
+        "--weights.silhouette needs depth and masks, and --base puppets2d has none",
     ),
     "a batch of one for distances": (
         lambda _: {"method": "diffusiongan3d", "batch": 1},

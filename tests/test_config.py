@@ -54,6 +54,12 @@ def test_weights_of_the_papers_are_the_presets():
     )
 
 
+def test_new_depth_of_pictures_is_refused():
+    cfg = Config(prompt="x", base="puppets2d", targets={"adapted_depth": True})
+    with pytest.raises(ValueError, match="--targets.adapted-depth needs depth and masks"):
+        config.check(cfg)
+
+
 def test_edit_is_the_prompt_and_brings_its_presets():
     options = {"method": "diffusiongan3d", "edit": "a person with green hair"}
     cfg = Config(**options)

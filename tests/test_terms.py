@@ -361,6 +361,8 @@ def test_a_term_is_refused_for_a_generator_without_what_it_needs():
         ({}, "image_depth, mask"),
         ({"method": "diffusiongan3d"}, "planes"),
         ({"method": "nada", "weights": {"feature_structure": 1.0}}, "features"),
+        ({"method": "sds", "targets": {"adapted_depth": True}}, "image_depth, mask"),
+        ({"depth_scale": 0.0, "mask": False, "weights": {"silhouette": 1.0}}, "mask"),
     ):
         with pytest.raises(ValueError, match=f"gives no {missing}, which --weights"):
             terms.check_generator(Config(prompt="x", **changes), flat)
