@@ -217,7 +217,7 @@ from guides import Guides
 from harness.devices import flush_denormals, keep_freed_memory, pick_device
 from harness.pictures import image_grid, save_image, save_pictures, to_image
 from models.generator import Generator
-from models.noise import noise_error
+from models.noise import noise_errors
 from models.texture import to_textured_glb
 from refine import Textured, refine, texture_head
 from subjects import (
@@ -426,7 +426,7 @@ def explained(guides: Guides, images: Tensor, c: Tensor, draws: int) -> float:
     """Return how much better the prior explains a head by the prompt's words than without them.
 
     Args:
-        guides: The prior; see `noise_error`.
+        guides: The prior; see `noise_errors`.
         images: Views of the head, [K, 3, R, R].
         c: Their cameras, [K, 25].
         draws: How much noise is drawn.
@@ -440,7 +440,7 @@ def explained(guides: Guides, images: Tensor, c: Tensor, draws: int) -> float:
     for prompt in (cfg.source_prompt, said_of_source(cfg.prompt, cfg.source_prompt)):
         told = replace(cfg, prompt=prompt, image=(), depth_scale=0.0)
         condition = Guides(told, guides.G_src, guides.clip, prior).condition_of({"c": c})
-        errors.append(noise_error(prior, latents, condition, times.to(c.device), noise).mean())
+        errors.append(noise_errors(prior, latents, condition, times.to(c.device), noise).mean())
     return (errors[0] - errors[1]).item()
 
 

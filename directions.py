@@ -8,9 +8,10 @@ those behind it. The direction is how codes vary with that: every head counts, w
 of the best and the worst tenth would see a fifth of them. Where CLIP confuses two pairs of words
 (to many a CLIP long hair is dark skin), the diffusion prior is asked about the one that CLIP sees
 less clearly: which words explain the picture? Then all directions are turned away from each other,
-each as little as can be. So some pairs of words are always there. The directions pc0, pc1, ... are
-the principal components of the codes (GANSpace, arXiv:2004.02546), found without words.
-render.py moves heads along them by standard deviations, in the source and in every run from it.
+as little as can be, and those least that CLIP confuses least. So some pairs are always there.
+The directions pc0, pc1, ... are the principal components of the codes (GANSpace, arXiv:2004.02546),
+found without words. render.py moves heads along them by standard deviations, in the source and in
+every run from it.
 """
 
 import re
@@ -100,15 +101,14 @@ from models.diffusion import DiffusionPrior
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_mapping
 from models.generator import Generator
-from models.noise import noise_error
-from subjects import draw_codes, save_directions, seed_to_ws, warn_of_puppets
+from models.noise import noise_errors
+from subjects import Codes, draw_codes, save_directions, seed_to_ws, warn_of_puppets
 
 CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
-BATCH = 4  # Heads that are seen at once.
-ASKED = 500  # Heads that the prior is asked about.
-TIMES, LEVELS = 6, (0.7, 0.98)  # Noise levels at which it is, as fractions: shapes show late.
-NARROW = 0.1  # Components of codes narrower than this share of the widest have no part in words.
+BATCH = 8  # Heads that are seen at once.
+TIMES, LEVELS = 8, (0.15, 0.98)  # Noise levels at which it is, as fractions.
+DOUBLE = 1e-3  # Added to correlations of 1, so that they can be inverted.
 
 
 def main(cfg: Config) -> None:
@@ -137,11 +137,10 @@ def main(cfg: Config) -> None:
 
 def from_codes(G: Generator, cfg: Config) -> dict[str, Tensor]:
     """Return the principal components of w as directions pc0, pc1, ... [w_dim], widest first."""
-    w = draw_codes(G, CODES, cfg.seed)
-    axes = torch.linalg.svd((w - w.mean(0)).double(), full_matrices=False).Vh[: cfg.components]
+    axes = Codes.measure(G, CODES, cfg.seed).axes[: cfg.components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    axes = (axes * largest.sign()).float()  # Else the sign would be the library's.
-    return {f"pc{k}": in_deviations(axis, w) for k, axis in enumerate(axes)}
+    axes = axes * largest.sign()  # Else the sign would be the library's.
+    return {f"pc{k}": axis for k, axis in enumerate(axes)}
 
 
 @torch.no_grad()
@@ -157,8 +156,9 @@ def from_words(
         cfg: How many heads, the sentence around the words, and the prior.
     """
     w, c = draw_codes(G, cfg.samples, cfg.seed), draw_cameras(G, cfg)
-    seen = [clip.images(image) for image in see(G, w, c)]
-    images = torch.cat(seen)  # [N, D]
+    codes = Codes.measure(G, CODES, cfg.seed).wide()
+    x = codes.deviations(w)[:, : max(1, cfg.samples // 20)]  # [N, K]; more would be noise.
+    images = torch.cat([clip.images(image) for image in see(G, w, c)])  # [N, D]
     scores = {}
     for name, phrases in pairs.items():
         these, those = clip.text([cfg.template.format(phrase) for phrase in phrases])
@@ -168,15 +168,16 @@ def from_words(
     for i, name in enumerate(clear):
         pair = (torch.stack([scores[name], scores[other]]) for other in clear[:i])
         if not any(torch.corrcoef(both)[0, 1].abs() > CONFUSED for both in pair):
-            ways[name] = way(w, scores[name])
+            ways[name] = way(x, scores[name])
         elif cfg.diffusion:
-            ways[name] = way(w[:ASKED], ask_prior(G, w[:ASKED], c[:ASKED], pairs[name], cfg))
+            ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
         else:  # What the clearer ones do not tell.
             told = torch.stack([scores[other] for other in clear[:i]], dim=1)
             share = torch.linalg.lstsq(told, scores[name][:, None]).solution
-            ways[name] = way(w, scores[name] - (told @ share)[:, 0])
-    turned = apart(w, ways)
-    return {name: in_deviations(turned[name], w) for name in pairs}
+            ways[name] = way(x, scores[name] - (told @ share)[:, 0])
+    turned = apart(ways, own_shares(scores))
+    axes = codes.axes[: x.shape[1]]
+    return {name: in_deviations(turned[name].to(axes) @ axes, w) for name in pairs}
 
 
 def draw_cameras(G: Generator, cfg: Config) -> Tensor:
@@ -198,39 +199,57 @@ def see(G: Generator, w: Tensor, c: Tensor, words: str = "") -> Iterator[Tensor]
 def ask_prior(G: Generator, w: Tensor, c: Tensor, phrases: tuple[str, str], cfg: Config) -> Tensor:
     """Return how much better the prior explains heads by these words than by those, [N].
 
-    See `noise_error`. w and c are [N, w_dim] and [N, 25].
+    See `noise_errors`. Each noise level counts alike, whatever its errors are.
+
+    Args:
+        G: The generator.
+        w: Codes of the heads, [N, w_dim].
+        c: Their cameras, [N, 25].
+        phrases: These words and those.
+        cfg: The prior, the sentence around the words, and the seed of the noise.
     """
     prior = DiffusionPrior.from_pretrained(locate(cfg.diffusion), None, None, device=w.device)
     generator = torch.Generator().manual_seed(cfg.seed)
     noise = torch.randn(TIMES, *prior.latent_shape, generator=generator).to(w)
     times = (torch.linspace(*LEVELS, TIMES) * (len(prior.alphas_cumprod) - 1)).long().to(w.device)
     conditions = [prior.condition(cfg.template.format(phrase)) for phrase in phrases]
-    size, scores = (prior.image_size,) * 2, []
+    size, differences = (prior.image_size,) * 2, []
     for images in see(G, w, c, phrases[0]):
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
         latents = prior.encode_images(images)
-        these, those = (noise_error(prior, latents, x, times, noise) for x in conditions)
-        scores.append(those - these)
-    return without_cameras(torch.cat(scores), c)
+        these, those = (noise_errors(prior, latents, x, times, noise) for x in conditions)
+        differences.append(those - these)  # [TIMES, B]
+    levels = [without_cameras(level, c) for level in torch.cat(differences, dim=1)]
+    return torch.stack([level / level.std() for level in levels]).sum(0)
 
 
-def way(w: Tensor, scores: Tensor) -> Tensor:
-    """Return how codes w [N, w_dim] vary with scores [N], in no unit."""
-    return (w - w.mean(0)).T @ (scores - scores.mean())
+def way(x: Tensor, scores: Tensor) -> Tensor:
+    """Return how much scores [N] change with each of x [N, K], by least squares, [K]."""
+    ones = torch.ones(len(x), 1, device=x.device)
+    known = torch.cat([ones, x], dim=1).double()
+    wanted = scores[:, None].double()
+    return torch.linalg.lstsq(known, wanted, driver="gels").solution[1:, 0]  # Alike every time.
 
 
-def apart(w: Tensor, ways: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return directions that are nearest to some, and of which no two vary together among codes.
+def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Return for each of some scores [N] which share of its variance the others do not tell."""
+    rows = torch.stack(list(scores.values())).double()
+    together = torch.corrcoef(rows).reshape(len(rows), -1)  # One number of one score.
+    alike = DOUBLE * torch.eye(len(rows)).to(together)  # Two pairs may be the same.
+    shares = 1 / torch.linalg.inv(together + alike).diagonal()
+    return dict(zip(scores, shares.tolist(), strict=True))
 
-    Symmetric orthogonalisation (Loewdin) in units of the codes' deviations, among their wide
-    components: in narrow ones there is noise alone.
+
+def apart(ways: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
+    """Return directions that are nearest to some, in deviations, and at right angles, [K] each.
+
+    Löwdin's symmetric orthogonalisation, weighted: the larger a direction's share, the less it is
+    turned. What others tell least is least mixed with them.
     """
-    _, spread, axes = torch.linalg.svd(w - w.mean(0), full_matrices=False)
-    kept = int((spread > NARROW * spread[0]).sum().clamp_max(len(w) // 20))
-    spread, axes = spread[:kept], axes[:kept]
-    units = F.normalize(torch.stack(list(ways.values())) @ axes.T / spread, dim=1)  # [M, kept]
-    left, _, right = torch.linalg.svd(units, full_matrices=False)
-    return dict(zip(ways, (left @ right) * spread @ axes, strict=True))
+    units = F.normalize(torch.stack(list(ways.values())), dim=1)  # [M, K]
+    weighted = units * units.new_tensor([shares[name] for name in ways])[:, None]
+    left, _, right = torch.linalg.svd(weighted, full_matrices=False)
+    return dict(zip(ways, left @ right, strict=True))
 
 
 def without_cameras(scores: Tensor, c: Tensor) -> Tensor:

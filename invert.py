@@ -118,7 +118,7 @@ from models.features import TokenFeatures
 from models.fingerprints import as_bytes, fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 from render import sides, views
-from subjects import Person, draw_codes, save_person, seed_to_ws, show, warn_of_puppets
+from subjects import Codes, Person, save_person, seed_to_ws, show, warn_of_puppets
 
 # The probe: a ridge regression on the ViT's tokens, averaged to so many cells a side.
 CELLS, RIDGE = 8, 0.03
@@ -127,7 +127,6 @@ ZOOMS, SHIFTS = 0.4, 0.15  # Of the crops it learns: log scale, places as shares
 # they are small, or so many times.
 SMALLEST, LARGEST = 0.1, 2.0  # Sides of a crop, as shares of the photo.
 ALIGNED, STILL, LOOKS = (0.15, 0.06, 0.06), 0.03, 5
-CODES = 4000  # Of which the mean and the spread of w are taken.
 # Steps and rates.
 IN_W = 0.4  # Share of the steps in which all layers have one code.
 CODE_RATE, LAYER_RATE, TUNE_RATE = 0.08, 0.02, 2e-3
@@ -360,17 +359,15 @@ class Search:
 
 def begin(G: Generator, vit: TokenFeatures, photo: Photo, reading: Reading, cfg: Config) -> Search:
     """Begin at a reading, or between it and the mean code where that is nearer to the photo."""
-    w = draw_codes(G, CODES, cfg.seed)
-    mean = w.mean(0)
-    _, spread, axes = torch.linalg.svd((w - mean) / CODES**0.5, full_matrices=False)
-    axes = spread[:, None] * axes
-    code = torch.linalg.pinv(axes.T, rtol=1e-3) @ (reading.w - mean)
+    codes = Codes.measure(G, seed=cfg.seed)
+    code = torch.linalg.pinv(codes.axes.T, rtol=1e-3) @ (reading.w - codes.mean)
     layers = torch.zeros_like(seed_to_ws(G, 0)[0])
     with torch.no_grad():
         tokens = vit.tokens(photo.image)
     own = nn.Parameter(code), nn.Parameter(layers)
     view = torch.cat([reading.angles, torch.zeros(3)])
-    search = Search(copy.deepcopy(G), vit, photo, tokens, mean, axes, *own, view, photo.mask)
+    variation = codes.mean, codes.axes
+    search = Search(copy.deepcopy(G), vit, photo, tokens, *variation, *own, view, photo.mask)
     losses = {}
     with torch.no_grad():
         for share in (1.0, 0.5, 0.0):

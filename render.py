@@ -310,6 +310,7 @@ from subjects import (
     seed_to_subject,
     show,
     warn_of_others,
+    wide_codes,
 )
 
 WIDEST = 16_384  # Pixels of a video.
@@ -340,7 +341,7 @@ def main(cfg: Config) -> None:
     if cfg.together and wide > WIDEST:
         raise ValueError(f"--together would be {wide} pixels wide, at most {WIDEST}: fewer heads")
     if cfg.edit:
-        people = edit(people, cfg.directions, parse_edits(cfg.edit))
+        people = edit(people, cfg.directions, parse_edits(cfg.edit), wide_codes(G))
     make_folder(cfg.out)
     if cfg.orbit or cfg.interpolate:
         hint()

@@ -27,6 +27,7 @@ from models.fingerprints import fingerprint_generator, fingerprint_mapping
 from models.generator import Generator, Outputs
 
 PUPPETS = 128  # Pixels of the pictures of the generators that come with the repository.
+NARROW = 0.1  # Axes of codes below this share of the widest say nothing of heads.
 LATENTS, DIRECTIONS = "latents-safetensors", "directions-safetensors"
 # What a part of a mixture takes from a run: coarse layers make shapes, all else colours.
 COARSE = r"synthesis\.b(4|8|16|32)\."
@@ -84,6 +85,47 @@ def seed_to_ws(G: Generator, seed: int, trunc: float = 1.0) -> Tensor:
     return G.mapping(z, c, truncation_psi=trunc)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """How the style codes w of a generator's heads vary."""
+
+    mean: Tensor  # [w_dim].
+    axes: Tensor  # Principal components, widest first, each a standard deviation long, [K, w_dim].
+
+    @classmethod
+    def measure(cls, G: Generator, count: int = 4000, seed: int = 0) -> Codes:
+        """Measure random heads.
+
+        Raises:
+            ValueError: the generator shows one head alone.
+        """
+        w = draw_codes(G, count, seed)
+        mean = w.mean(0)
+        centred = (w - mean).double() / count**0.5  # In float32, MKL gives a little of chance.
+        _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
+        return cls(mean, (spread[:, None] * axes).to(w))
+
+    def wide(self) -> Codes:
+        """Return the same with its wide axes alone."""
+        spread = self.axes.norm(dim=1)
+        return Codes(self.mean, self.axes[spread > NARROW * spread[0]])
+
+    def deviations(self, ws: Tensor) -> Tensor:
+        """Return how far codes [..., w_dim] are from the mean, in deviations, [..., K]."""
+        return (ws - self.mean) @ (self.axes / self.axes.square().sum(1, keepdim=True)).T
+
+    def draw_near(self, ws: Tensor, before: Tensor) -> Tensor:
+        """Pull codes [..., w_dim] towards the mean until they are as near as they were before.
+
+        Or as near as heads are in the mean, sqrt(K) deviations, if they were nearer: so an edit of
+        a mean head is not undone. Only along the axes; what is across them stays.
+        """
+        moved = self.deviations(ws)
+        near = self.deviations(before).norm(dim=-1, keepdim=True).clamp_min(len(self.axes) ** 0.5)
+        share = (near / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+        return ws + (share - 1) * moved @ self.axes
+
+
 @torch.no_grad()
 def draw_codes(G: Generator, count: int, seed: int, trunc: float = 1.0) -> Tensor:
     """Return style codes w [count, w_dim] of random heads, seen from the front.
@@ -100,6 +142,11 @@ def draw_codes(G: Generator, count: int, seed: int, trunc: float = 1.0) -> Tenso
         for part in z.split(1000)
     ]
     return torch.cat(parts)
+
+
+def wide_codes(G: Generator) -> Codes | None:
+    """Return how a generator's codes vary along their wide axes; None if it shows one head."""
+    return Codes.measure(G).wide() if G.z_dim else None
 
 
 def seed_to_person(G: Generator, seed: int, trunc: float = 1.0) -> Person:
@@ -291,8 +338,19 @@ def save_directions(directions: Mapping[str, Tensor], path: Path, **notes: str) 
     write_bytes(path, sort_header(safetensors.torch.save(tensors, {"format": DIRECTIONS} | notes)))
 
 
-def edit(people: Sequence[Person], path: Path, edits: Mapping[str, float]) -> list[Person]:
+def edit(
+    people: Sequence[Person], path: Path, edits: Mapping[str, float], codes: Codes | None
+) -> list[Person]:
     """Move people along directions of a file, each by a number of its standard deviations.
+
+    Then draw them near again: heads farther from the mean than a generator has seen are not only
+    what was asked for.
+
+    Args:
+        people: Whom to move.
+        path: The file.
+        edits: How far, by direction.
+        codes: What `wide_codes` says of the generator.
 
     Raises:
         ValueError: the file has no such direction, or is of another generator.
@@ -309,7 +367,10 @@ def edit(people: Sequence[Person], path: Path, edits: Mapping[str, float]) -> li
                 "--ckpt and this run"
             )
         total = total + amount * directions[name].to(total)
-    return [replace(person, ws=person.ws + total) for person in people]
+    moved = [person.ws + total for person in people]
+    if codes is not None:
+        moved = [codes.draw_near(ws, x.ws) for ws, x in zip(moved, people, strict=True)]
+    return [replace(person, ws=ws) for person, ws in zip(people, moved, strict=True)]
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -109,6 +109,7 @@ from models.mesh import extract_mesh, save_mesh
 from render import depth_images, frames_of
 from subjects import (
     DIRECTIONS,
+    Codes,
     Subject,
     add_weights,
     edit,
@@ -118,6 +119,7 @@ from subjects import (
     seed_to_person,
     show,
     warn_of_others,
+    wide_codes,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +141,7 @@ class Stage:
     names: tuple[str, ...]  # Of the runs that can be mixed.
     changes: tuple[dict[str, Tensor], ...]  # What each of them changed of the source.
     directions: tuple[str, ...]
+    codes: Codes | None  # How the codes of heads vary, where there are directions.
     mesh: bytes  # With its texture, of a folder of avatar.py; else nothing.
 
     @classmethod
@@ -163,9 +166,13 @@ class Stage:
             names.append(Path(ckpt).resolve().name)
             changes.append({n: p - before[n] for n, p in G.named_parameters()})
         directions: tuple[str, ...] = ()
+        codes = None
         if cfg.directions.is_file():
+            codes = wide_codes(base)
             moves = {name: 0.0 for name in read_tensors(cfg.directions, DIRECTIONS)[0]}
-            edit([seed_to_person(base, 0)], cfg.directions, moves)  # Refused now if it cannot.
+            edit(
+                [seed_to_person(base, 0)], cfg.directions, moves, codes
+            )  # Refused now if it cannot.
             directions = tuple(moves)
         warn_of_others([*cfg.latents, *([cfg.directions] if directions else [])], base)
         for path in cfg.latents:
@@ -173,7 +180,7 @@ class Stage:
         first = Path(cfg.ckpt[0])
         glb = (first.parent if first.name == AVATAR else first) / "avatar.glb"
         mesh = glb.read_bytes() if glb.is_file() else b""
-        return cls(cfg, source, base, tuple(names), tuple(changes), directions, mesh)
+        return cls(cfg, source, base, tuple(names), tuple(changes), directions, codes, mesh)
 
 
 class Visitor:
@@ -248,7 +255,7 @@ class Visitor:
             person = seed_to_person(G, int(self.seed.value), self.trunc.value)
         moves = {name: x.value for name, x in self.edits.items() if x.value}
         if moves:
-            (person,) = edit([person], stage.cfg.directions, moves)
+            (person,) = edit([person], stage.cfg.directions, moves, stage.codes)
         networks = [G] if stage.source is None else [stage.source, G]
         return [show(network, person).settled() for network in networks]
 

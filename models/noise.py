@@ -184,14 +184,14 @@ def repaint(
 
 
 @torch.no_grad()
-def noise_error(
+def noise_errors(
     prior: NoisePredictor,
     latents: Tensor,
     condition: Condition,
     times: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """Return how badly a condition explains latents: the mean error of the predicted noise, [B].
+    """Return how badly a condition explains latents: errors of the predicted noise, [K, B].
 
     The less under one condition than under another, the more the picture shows it: a classifier
     that needs no training (arXiv:2303.16203). On puppets it tells short hair where CLIP does not.
@@ -207,4 +207,4 @@ def noise_error(
         steps, eps = t.expand(len(latents)), eps.expand_as(latents)
         eps_hat = guided_noise(prior, add_noise(prior, latents, steps, eps), steps, condition, 1.0)
         errors.append((eps_hat - eps).square().mean((1, 2, 3)))
-    return torch.stack(errors).mean(0)
+    return torch.stack(errors)

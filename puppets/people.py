@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ from subjects import (
     read_tensors,
     seed_to_person,
     show,
+    wide_codes,
 )
 
 OUT = Path("docs/people.json")
@@ -166,17 +167,18 @@ def draw_figure(cfg: Config) -> None:
         out, found = Path(folder, "me.safetensors"), Path(folder, "directions.safetensors")
         invert.main(invert.Config(image=photo, out=out, tune=TUNED, device="cpu"))
         directions.main(directions.Config(out=found, device="cpu"))
-        person = load_person(out, load_generator(SOURCE))
-        (edited,) = edit([person], found, FIGURE_EDIT)
+        G_src = load_generator(SOURCE)
+        person = load_person(out, G_src)
+        (edited,) = edit([person], found, FIGURE_EDIT, wide_codes(G_src))
     picture = to_image(read_picture(photo))
     columns = {"photo": F.interpolate(picture, (128, 128), mode="bilinear", antialias=True)}
     c = person.c
-    columns["inverted"] = show(load_generator(SOURCE), person).see(c)["image"]
+    columns["inverted"] = show(G_src, person).see(c)["image"]
     for ckpt in cfg.ckpt:
         G, _, settings = load_run(ckpt)
         columns[settings["prompt"]] = show(G, person).see(c)["image"]
     words = ", ".join(f"{name} {amount:+g}" for name, amount in FIGURE_EDIT.items())
-    columns[words] = show(load_generator(SOURCE), edited).see(c)["image"]
+    columns[words] = show(G_src, edited).see(c)["image"]
     columns["the same, turned"] = views(show(G, edited), (-0.4,))["image"]
     large = [
         F.interpolate(x.clamp(-1, 1), scale_factor=1.5, mode="bicubic") for x in columns.values()
@@ -206,15 +208,16 @@ def measure_directions() -> dict[str, dict]:
         out = Path(folder, "directions.safetensors")
         directions.main(directions.Config(out=out, device="cpu"))
         found, _ = read_tensors(out, DIRECTIONS)
+        people = [seed_to_person(G, SEED + i) for i in range(EDITED)]
+        codes = wide_codes(G)
+        moved = {name: edit(people, out, {name: MOVE}, codes) for name in NUMBERS}
     z = torch.randn(10_000, Z_DIM, generator=torch.Generator().manual_seed(SEED))
     w = torch.cat([G.mapping(part, CAMERAS.frontal(len(part)))[:, 0] for part in z.split(1000)])
-    people = [seed_to_person(G, SEED + i) for i in range(EDITED)]
     before = readings(G, eye, people)
     result = {}
     for name, (number, sign) in NUMBERS.items():
         known = sign * known_direction(w, z, number)
-        moved = [replace(x, ws=x.ws + MOVE * found[name]) for x in people]
-        change = (readings(G, eye, moved) - before).mean(0)  # [16]
+        change = (readings(G, eye, moved[name]) - before).mean(0)  # [16]
         others = change.abs()
         others[number] = 0
         result[name] = {

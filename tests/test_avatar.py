@@ -35,7 +35,7 @@ from harness.video import MOST_FRAMES, ending
 from losses import opacity_loss, variation_loss
 from models.diffusion import Condition
 from models.eg3d import OWN_GAIN
-from models.noise import ddim, noise_error, repaint, signal
+from models.noise import ddim, noise_errors, repaint, signal
 from models.texture import look, unwrap
 from refine import Textured, paint_over, yaws
 from samples import draw_samples
@@ -325,8 +325,8 @@ def test_a_condition_explains_best_what_the_prior_builds_under_it():
     abar = prior.alphas_cumprod[times]
     for mean in (0.5, -1.0, 2.0):
         condition = Condition(torch.full((2, 5, 8), mean))
-        errors = noise_error(prior, built, condition, times, noise)
-        wanted = (abar / (1 - abar)).mean() * (torch.tensor([0.5, -1.0]) - mean) ** 2
+        errors = noise_errors(prior, built, condition, times, noise)
+        wanted = (abar / (1 - abar))[:, None] * (torch.tensor([0.5, -1.0]) - mean) ** 2
         torch.testing.assert_close(errors, wanted, atol=1e-5, rtol=1e-4)
 
 

@@ -32,10 +32,9 @@ def test_a_file_has_the_words_and_the_widest_directions(tmp_path, capsys):
     for name, direction in found.items():  # One unit is one standard deviation.
         unit = direction / direction.norm()
         assert (w @ unit).std() == pytest.approx(direction.norm().item(), rel=0.3), name
-    w = subjects.draw_codes(build_generator(), 100, seed=0)  # Those that were looked at.
-    _, spread, axes = torch.linalg.svd(w - w.mean(0), full_matrices=False)
-    ways = [(axes @ found[name] / spread)[:5] for name in ("red", "hair")]  # In deviations.
-    assert torch.cosine_similarity(*ways, dim=0) == pytest.approx(0, abs=1e-4)
+    codes = subjects.Codes.measure(build_generator(), directions.CODES, seed=0)
+    ways = [codes.deviations(codes.mean + found[name])[:5] for name in ("red", "hair")]
+    assert torch.cosine_similarity(*ways, dim=0) == pytest.approx(0, abs=1e-3)
     widths = [found[f"pc{k}"].norm() for k in range(3)]
     assert widths == sorted(widths, reverse=True)
     axes = torch.stack([found[f"pc{k}"] / widths[k] for k in range(3)])
@@ -83,6 +82,54 @@ def test_directions_lead_to_what_is_rated_high_and_not_to_what_is_seen_more_clea
     scores["alone"] = (w - w.mean(0)) @ alone["hair"]
     assert tells("hair", dark) < 0.5 * tells("alone", dark)
     assert tells("hair", length) > tells("alone", length)
+
+
+def test_what_the_others_tell_least_is_turned_least():
+    ways = {"own": torch.tensor([1.0, 0, 0]), "mixed": torch.tensor([1.0, 1, 0])}
+    alike = directions.apart(ways, {"own": 1.0, "mixed": 1.0})
+    assert alike["own"] @ ways["own"] == pytest.approx(alike["mixed"] @ ways["mixed"] / 2**0.5)
+    for share in (0.1, 1e-4):
+        found = directions.apart(ways, {"mixed": share, "own": 1.0})
+        assert torch.stack(list(found.values())) @ found["own"] == pytest.approx([1, 0], abs=1e-5)
+        assert found["own"] @ ways["own"] > alike["own"] @ ways["own"]
+    torch.testing.assert_close(found["own"], ways["own"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["mixed"], torch.tensor([0.0, 1, 0]), atol=1e-3, rtol=0)
+
+
+def test_shares_are_what_a_regression_on_the_others_leaves():
+    torch.manual_seed(0)
+    own, both, noise = torch.randn(3, 4000).unbind()
+    scores = {"own": own, "mixed": both + own, "more": both + 0.1 * noise}
+    for name, share in directions.own_shares(scores).items():
+        others = torch.stack([x - x.mean() for n, x in scores.items() if n != name], dim=1)
+        y = scores[name] - scores[name].mean()
+        left = y - others @ torch.linalg.lstsq(others, y).solution
+        assert share == pytest.approx((left.var() / y.var()).item(), abs=0.01)
+    assert directions.own_shares({"own": own}) == pytest.approx({"own": 1}, abs=0.01)
+    twice = directions.own_shares({"own": own, "again": own, "mixed": both + own})
+    assert 0 < twice["again"] < 0.01 and twice["mixed"] > 0.4
+
+
+def test_every_noise_level_counts_alike(monkeypatch):
+    G = build_generator()
+    cfg = Config(samples=100, diffusion=str(world() / "diffusion"))
+    w, c = subjects.draw_codes(G, 100, 0), directions.draw_cameras(G, cfg)
+    seen = iter(torch.randn(100, directions.TIMES) * torch.logspace(0, 3, directions.TIMES))
+    errors = []
+
+    def noise_errors(prior, latents, condition, times, noise):
+        if len(errors) % 2 == 0:  # "These" explain nothing, "those" differ from head to head.
+            errors.append(torch.zeros(len(times), len(latents)))
+        else:
+            errors.append(torch.stack([next(seen) for _ in latents], dim=1))
+        return errors[-1]
+
+    monkeypatch.setattr(directions, "noise_errors", noise_errors)
+    scores = directions.ask_prior(G, w, c, ("long hair", "short hair"), cfg)
+    levels = torch.cat(errors[1::2], dim=1)
+    for level in levels:
+        together = torch.corrcoef(torch.stack([scores, level]))[0, 1]
+        assert together == pytest.approx(directions.TIMES**-0.5, abs=0.25)
 
 
 def test_what_cameras_tell_of_a_score_is_taken_out():

@@ -480,7 +480,8 @@ def test_edits_move_seeds_and_people_alike(tmp_path, adapted, directions):
     go(tmp_path / "out", adapted, edit=("hair=1.5", "nose=-2"), **heads)
     G, G_src, _ = subjects.load_run(adapted)
     people = [subjects.seed_to_person(G, 3), subjects.load_person(paths[0], G)]
-    people = [replace(p, ws=p.ws + 1.5 * made["hair"] - 2 * made["nose"]) for p in people]
+    codes, step = subjects.wide_codes(G), 1.5 * made["hair"] - 2 * made["nose"]
+    people = [replace(p, ws=codes.draw_near(p.ws + step, p.ws)) for p in people]
     rows = [render.portraits([subjects.show(x, p) for p in people]) for x in (G_src, G)]
     wanted = np.asarray(pictures.image_grid(rows), int)
     assert np.abs(pixels(tmp_path / "out/grid.png") - wanted).max() <= 1

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -368,20 +369,61 @@ def test_edits_add_multiples_of_directions(directions, me):
     path, made = directions
     other = subjects.seed_to_person(build_generator(), 8)
     edits = {"hair": 2.5, "fine": -1.0}
-    found = subjects.edit([me, other], path, edits)
+    found = subjects.edit([me, other], path, edits, None)
     for before, after in zip([me, other], found, strict=True):
         torch.testing.assert_close(after.ws, before.ws + 2.5 * made["hair"] - made["fine"])
         assert (after.name, after.seed) == (before.name, before.seed)
         assert after.c is before.c and after.offsets is before.offsets
-    (alone,) = subjects.edit([other], path, {"hair": -3.0})
+    (alone,) = subjects.edit([other], path, {"hair": -3.0}, None)
     torch.testing.assert_close(alone.ws - other.ws, -3 * made["hair"].expand_as(other.ws))
-    (same,) = subjects.edit([other], path, {"hair": 0.0})
+    (same,) = subjects.edit([other], path, {"hair": 0.0}, None)
     assert torch.equal(same.ws, other.ws)
+
+
+def test_an_edit_leaves_heads_as_near_to_the_mean_as_they_were(directions, me):
+    G, (path, _) = build_generator(), directions
+    codes = subjects.wide_codes(G)
+    w = subjects.draw_codes(G, 4000, 0)
+    torch.testing.assert_close(
+        codes.deviations(w).std(0), torch.ones(len(codes.axes)), rtol=2e-3, atol=0
+    )
+    widest = codes.axes.norm(dim=1)
+    assert widest.min() > subjects.NARROW * widest[0] and len(codes.axes) > 1
+
+    def near(person):
+        return codes.deviations(person.ws).norm(dim=-1)  # [1, num_ws]
+
+    usual = len(codes.axes) ** 0.5
+    people = [subjects.seed_to_person(G, seed) for seed in range(4)]
+    for amount in (5.0, -5.0):
+        edits = {"hair": amount}
+        for before, moved, plain in zip(
+            people,
+            subjects.edit(people, path, edits, codes),
+            subjects.edit(people, path, edits, None),
+            strict=True,
+        ):
+            limit = near(before).clamp_min(usual)
+            torch.testing.assert_close(near(moved), torch.minimum(near(plain), limit))
+            along = torch.cosine_similarity(
+                *(codes.deviations(x.ws) for x in (moved, plain)), dim=-1
+            )
+            torch.testing.assert_close(along, torch.ones_like(along))
+            across = [x.ws - codes.deviations(x.ws) @ codes.axes for x in (moved, plain)]
+            torch.testing.assert_close(*across, atol=1e-5, rtol=1e-5)
+    mean = replace(people[0], ws=codes.mean.expand_as(people[0].ws))
+    small = {
+        "hair": 0.2 * usual / codes.deviations(codes.mean + directions[1]["hair"]).norm().item()
+    }
+    moved, plain = (subjects.edit([mean], path, small, x)[0].ws for x in (codes, None))
+    torch.testing.assert_close(moved, plain)  # Not undone.
+    (same,) = subjects.edit([me], path, {"hair": 0.0}, codes)
+    assert torch.equal(same.ws, me.ws)
 
 
 def test_an_unknown_direction_is_refused_and_the_known_ones_are_named(directions, me):
     path, _ = directions
-    assert refusal(subjects.edit, [me], path, {"hair": 1.0, "nose": 1.0}) == (
+    assert refusal(subjects.edit, [me], path, {"hair": 1.0, "nose": 1.0}, None) == (
         f"--edit nose: {path} has fine, hair"
     )
 
@@ -400,10 +442,10 @@ def test_directions_of_another_generator_are_refused(tmp_path, me):
     subjects.save_directions(wrong | {"right": torch.ones(width)}, path)
     for name in wrong:
         reason = f"--directions {path} fits another generator"
-        assert refusal(subjects.edit, [me], path, {name: 1.0}).startswith(reason), name
+        assert refusal(subjects.edit, [me], path, {name: 1.0}, None).startswith(reason), name
         both = {"right": 1.0, name: 1.0}
-        assert refusal(subjects.edit, [me], path, both).startswith(reason), name
-    subjects.edit([me], path, {"right": 1.0})
+        assert refusal(subjects.edit, [me], path, both, None).startswith(reason), name
+    subjects.edit([me], path, {"right": 1.0}, None)
 
 
 def test_people_and_directions_of_another_generator_bring_a_warning(finished, tmp_path, me, capsys):
@@ -443,4 +485,4 @@ def test_what_holds_no_directions_is_refused_in_one_line(tmp_path, me, case):
     if case == "text":
         path.write_text("no tensors")
     reason = "holds no directions" if case == "person" else "cannot be read"
-    assert f"{path} {reason}" in refusal(subjects.edit, [me], path, {"hair": 1.0})
+    assert f"{path} {reason}" in refusal(subjects.edit, [me], path, {"hair": 1.0}, None)
