@@ -108,6 +108,7 @@ CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
 BATCH = 8  # Heads that are seen at once.
 TIMES, LEVELS = 8, (0.15, 0.98)  # Noise levels at which it is, as fractions.
+SAME = 1e-4  # Distance of two sentences in CLIP's space: to it they are one.
 DOUBLE = 1e-3  # Added to correlations of 1, so that they can be inverted.
 
 
@@ -154,15 +155,21 @@ def from_words(
         clip: CLIP, which ranks the heads.
         pairs: Two phrases by the name of their direction.
         cfg: How many heads, the sentence around the words, and the prior.
+
+    Raises:
+        ValueError: two phrases of a pair are the same to CLIP.
     """
+    asks = {}
+    for name, phrases in pairs.items():
+        these, those = clip.text([cfg.template.format(phrase) for phrase in phrases])  # [D] each.
+        asks[name] = these - those
+        if asks[name].norm() < SAME:
+            raise ValueError(f"--words {name}: {' and '.join(phrases)} are the same to this CLIP")
     w, c = draw_codes(G, cfg.samples, cfg.seed), draw_cameras(G, cfg)
     codes = Codes.measure(G, CODES, cfg.seed).wide()
     x = codes.deviations(w)[:, : max(1, cfg.samples // 20)]  # [N, K]; more would be noise.
     images = torch.cat([clip.images(image) for image in see(G, w, c)])  # [N, D]
-    scores = {}
-    for name, phrases in pairs.items():
-        these, those = clip.text([cfg.template.format(phrase) for phrase in phrases])
-        scores[name] = without_cameras(images @ (these - those), c)
+    scores = {name: without_cameras(images @ ask, c) for name, ask in asks.items()}
     ways: dict[str, Tensor] = {}
     clear = sorted(scores, key=lambda name: -scores[name].std())
     for i, name in enumerate(clear):
@@ -226,14 +233,14 @@ def ask_prior(G: Generator, w: Tensor, c: Tensor, phrases: tuple[str, str], cfg:
 def way(x: Tensor, scores: Tensor) -> Tensor:
     """Return how much scores [N] change with each of x [N, K], by least squares, [K]."""
     ones = torch.ones(len(x), 1, device=x.device)
-    known = torch.cat([ones, x], dim=1).double()
-    wanted = scores[:, None].double()
+    known = torch.cat([ones, x], dim=1).cpu().double()
+    wanted = scores[:, None].cpu().double()
     return torch.linalg.lstsq(known, wanted, driver="gels").solution[1:, 0]  # Alike every time.
 
 
 def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
     """Return for each of some scores [N] which share of its variance the others do not tell."""
-    rows = torch.stack(list(scores.values())).double()
+    rows = torch.stack(list(scores.values())).cpu().double()
     together = torch.corrcoef(rows).reshape(len(rows), -1)  # One number of one score.
     alike = DOUBLE * torch.eye(len(rows)).to(together)  # Two pairs may be the same.
     shares = 1 / torch.linalg.inv(together + alike).diagonal()
@@ -257,7 +264,7 @@ def without_cameras(scores: Tensor, c: Tensor) -> Tensor:
     position = c[:, 3:12:4]  # Of the camera, [N, 3]; none without cameras.
     ones = torch.ones(len(scores), 1, device=scores.device)
     known = torch.cat([ones, position, position.square()], dim=1)
-    told = torch.linalg.lstsq(known.double(), scores[:, None].double()).solution[:, 0]
+    told = torch.linalg.lstsq(known.cpu().double(), scores[:, None].cpu().double()).solution[:, 0]
     return scores - known @ told.to(scores)
 
 

@@ -101,7 +101,7 @@ class Codes:
         """
         w = draw_codes(G, count, seed)
         mean = w.mean(0)
-        centred = (w - mean).double() / count**0.5  # In float32, MKL gives a little of chance.
+        centred = (w - mean).cpu().double() / count**0.5  # In float32 it differs by chance.
         _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
         return cls(mean, (spread[:, None] * axes).to(w))
 

@@ -151,6 +151,7 @@ def test_what_cameras_tell_of_a_score_is_taken_out():
         ({"words": ("hair=long",)}, "--words must look like"),
         ({"words": ("pc1=a/b",)}, "--words must look like"),
         ({"words": ("a b=c/d",)}, "--words must look like"),
+        ({"words": ("twice=red hair/red  hair",)}, "--words twice: red hair and red  hair are the"),
         ({"template": "a head"}, "--template must hold"),
         ({"samples": 9}, "--samples must be at least 100"),
         ({"components": -1}, "--components must be at least 1"),

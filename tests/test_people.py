@@ -1,6 +1,7 @@
 """What inversions and directions are measured against: people and numbers that are known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from puppets import people
 from puppets.data import CAMERAS
 from puppets.heads import Z_DIM
 from puppets.oracle import load_oracle
-from subjects import seed_to_person
+from subjects import seed_to_person, wide_codes
 
 
 def test_people_are_always_the_same_and_each_is_another():
@@ -22,16 +23,26 @@ def test_people_are_always_the_same_and_each_is_another():
     assert z.shape == (1, Z_DIM) and c.shape == (1, 25) and not torch.equal(c, elsewhere)
 
 
-@pytest.mark.parametrize("number", [12, 15])
-def test_a_known_direction_changes_its_number_most(number):
+@pytest.mark.parametrize("number", [12, 14, 15])
+def test_a_known_direction_changes_its_number_and_drawn_near_hardly_another(number):
     G, eye = load_generator(REPOSITORY / people.SOURCE), load_oracle()
     z = torch.randn(4000, Z_DIM, generator=torch.Generator().manual_seed(1))
     w = G.mapping(z, CAMERAS.frontal(len(z)))[:, 0]
     direction = people.known_direction(w, z, number)
     heads = [seed_to_person(G, seed) for seed in range(6)]
-    moved = [people.replace(x, ws=x.ws + people.MOVE * direction) for x in heads]
-    change = (people.readings(G, eye, moved) - people.readings(G, eye, heads)).mean(0)
-    assert change.argmax() == number and change[number] > 1
+    codes = wide_codes(G)
+    before = people.readings(G, eye, heads)
+    others = []
+    for near in (False, True):
+        moved = [x.ws + people.MOVE * direction for x in heads]
+        if near:
+            moved = [codes.draw_near(ws, x.ws) for ws, x in zip(moved, heads, strict=True)]
+        moved = [replace(x, ws=ws) for ws, x in zip(moved, heads, strict=True)]
+        change = (people.readings(G, eye, moved) - before).mean(0)
+        assert change.argmax() == number and change[number] > 1.2
+        others.append((change / change[number]).abs().sort().values[:-1])  # Of the other numbers.
+    assert others[1].max() < 0.35
+    assert others[1].norm() < others[0].norm()
 
 
 def test_tables_have_medians_worst_values_and_shares():
