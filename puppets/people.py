@@ -5,7 +5,8 @@
 Inverts true pictures of people whom no training has seen, from cameras at random, with and without
 tuning, and looks at them in the run's domain. Reads what edits along directions change. Writes
 docs/people.json, head by head, so that the same command goes on where it was stopped; then draws
-docs/figure-people.png: a photo, its inversion, the person in the runs' domains, and edited.
+docs/figure-people.png: a photo, its inversion, the person in the runs' domains, and edited; and
+docs/figure-edits.png: heads of the source and of the first run, along the directions of words.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from harness.store import write_text
 from metrics import angle_deg
 from models.generator import Generator
 from puppets.data import CAMERAS
-from puppets.experiments import label_columns
+from puppets.experiments import label_columns, sheet
 from puppets.heads import Z_DIM, identity, render
 from puppets.oracle import camera_direction, load_oracle, people_read, target_domain
-from render import PITCH, views
+from render import PITCH, portraits, views
 from subjects import (
     DIRECTIONS,
     Person,
@@ -53,6 +54,8 @@ SEED = 5000  # Of the first of the people.
 TUNED = 200  # Steps of weights.
 EDITED, MOVE = 24, 2.0  # Heads that are edited, and by how many deviations.
 FIGURE_EDIT = {"hair": -1.5, "dark": -2.0}
+FIGURE_EDITS = ({}, {"hair": 2.5}, {"hair": -2.5}, {"skin": 2.5}, {"dark": 2.5}, {"dark": -2.5})
+FIGURE_SEEDS = range(1, 5)
 # The number of a latent that each of the words is about, and its sign.
 NUMBERS = {"hair": (14, 1), "dark": (12, -1), "skin": (15, 1)}
 
@@ -168,6 +171,7 @@ def draw_figure(cfg: Config) -> None:
         invert.main(invert.Config(image=photo, out=out, tune=TUNED, device="cpu"))
         directions.main(directions.Config(out=found, device="cpu"))
         G_src = load_generator(SOURCE)
+        draw_edits(G_src, load_generator(cfg.ckpt[0]), found)
         person = load_person(out, G_src)
         (edited,) = edit([person], found, FIGURE_EDIT, wide_codes(G_src))
     picture = to_image(read_picture(photo))
@@ -185,6 +189,18 @@ def draw_figure(cfg: Config) -> None:
     ]
     strip = image_grid([torch.cat(large)], len(large))
     save_image(label_columns(strip, list(columns)), Path("docs/figure-people.png"))
+
+
+def draw_edits(G_src: Generator, G: Generator, found: Path) -> None:
+    """Draw heads of the source and of a run, before and after edits, a row each."""
+    people, codes = [seed_to_person(G_src, seed) for seed in FIGURE_SEEDS], wide_codes(G_src)
+    rows = []
+    for moves in FIGURE_EDITS:
+        moved = edit(people, found, moves, codes)
+        label = ", ".join(f"{name} {amount:+g}" for name, amount in moves.items())
+        images = [portraits([show(network, x) for x in moved]) for network in (G_src, G)]
+        rows.append((label or "not edited", None, torch.cat(images).clamp(-1, 1)))
+    save_image(sheet(rows, margin=90), Path("docs/figure-edits.png"))
 
 
 def known_direction(w: Tensor, z: Tensor, number: int) -> Tensor:
