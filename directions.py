@@ -15,6 +15,7 @@ every run from it.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
 BATCH = 8  # Heads that are seen at once.
 TIMES, LEVELS = 8, (0.15, 0.98)  # Noise levels at which it is, as fractions.
+MOSTLY = 0.3  # What others leave of a direction; below, it is theirs.
 SAME = 1e-4  # Distance of two sentences in CLIP's space: to it they are one.
 DOUBLE = 1e-3  # Added to correlations of 1, so that they can be inverted.
 
@@ -171,18 +173,23 @@ def from_words(
     images = torch.cat([clip.images(image) for image in see(G, w, c)])  # [N, D]
     scores = {name: without_cameras(images @ ask, c) for name, ask in asks.items()}
     ways: dict[str, Tensor] = {}
-    clear = sorted(scores, key=lambda name: -scores[name].std())
-    for i, name in enumerate(clear):
-        pair = (torch.stack([scores[name], scores[other]]) for other in clear[:i])
-        if not any(torch.corrcoef(both)[0, 1].abs() > CONFUSED for both in pair):
-            ways[name] = way(x, scores[name])
-        elif cfg.diffusion:
-            ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
-        else:  # What the clearer ones do not tell.
-            told = torch.stack([scores[other] for other in clear[:i]], dim=1)
-            share = torch.linalg.lstsq(told, scores[name][:, None]).solution
-            ways[name] = way(x, scores[name] - (told @ share)[:, 0])
-    turned = apart(ways, own_shares(scores))
+    turned: dict[str, Tensor] = {}
+    given = parse_words(cfg.words).keys()
+    always = [name for name in pairs if name not in given]
+    for group in (always, list(given)):  # Words that are given do not turn the others.
+        for name in sorted(group, key=lambda name: -scores[name].std()):  # Clearest first.
+            known = torch.stack([scores[x] for x in (*ways, name)])
+            alike = torch.corrcoef(known).reshape(len(known), -1)[-1, :-1].abs()
+            if not (alike > CONFUSED).any():
+                ways[name] = way(x, scores[name])
+            elif cfg.diffusion:
+                ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
+            else:  # What the clearer ones do not tell.
+                told = known[:-1].T
+                share = torch.linalg.lstsq(told, scores[name][:, None]).solution
+                ways[name] = way(x, scores[name] - (told @ share)[:, 0])
+        shares = own_shares({name: scores[name] for name in group})
+        turned |= apart({name: ways[name] for name in shares}, shares, turned)
     axes = codes.axes[: x.shape[1]]
     return {name: in_deviations(turned[name].to(axes) @ axes, w) for name in pairs}
 
@@ -240,6 +247,8 @@ def way(x: Tensor, scores: Tensor) -> Tensor:
 
 def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
     """Return for each of some scores [N] which share of its variance the others do not tell."""
+    if not scores:
+        return {}
     rows = torch.stack(list(scores.values())).cpu().double()
     together = torch.corrcoef(rows).reshape(len(rows), -1)  # One number of one score.
     alike = DOUBLE * torch.eye(len(rows)).to(together)  # Two pairs may be the same.
@@ -247,14 +256,28 @@ def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(scores, shares.tolist(), strict=True))
 
 
-def apart(ways: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
+def apart(
+    ways: dict[str, Tensor], shares: dict[str, float], others: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return directions that are nearest to some, in deviations, and at right angles, [K] each.
 
     Löwdin's symmetric orthogonalisation, weighted: the larger a direction's share, the less it is
-    turned. What others tell least is least mixed with them.
+    turned. What the rest tell least is least mixed with them.
+
+    Args:
+        ways: Directions, [K] each.
+        shares: What `own_shares` says of their scores.
+        others: Directions at right angles to each other, which stay; all are turned away from them.
     """
+    if not ways:
+        return {}
     units = F.normalize(torch.stack(list(ways.values())), dim=1)  # [M, K]
-    weighted = units * units.new_tensor([shares[name] for name in ways])[:, None]
+    for other in others.values():
+        units = units - (units @ other)[:, None] * other
+    for name, left in zip(ways, units.norm(dim=1), strict=True):
+        if left < MOSTLY:
+            print(f"warning: {name} is mostly what {', '.join(others)} say", file=sys.stderr)
+    weighted = F.normalize(units, dim=1) * units.new_tensor([shares[x] for x in ways])[:, None]
     left, _, right = torch.linalg.svd(weighted, full_matrices=False)
     return dict(zip(ways, left @ right, strict=True))
 

@@ -86,14 +86,38 @@ def test_directions_lead_to_what_is_rated_high_and_not_to_what_is_seen_more_clea
 
 def test_what_the_others_tell_least_is_turned_least():
     ways = {"own": torch.tensor([1.0, 0, 0]), "mixed": torch.tensor([1.0, 1, 0])}
-    alike = directions.apart(ways, {"own": 1.0, "mixed": 1.0})
+    alike = directions.apart(ways, {"own": 1.0, "mixed": 1.0}, {})
     assert alike["own"] @ ways["own"] == pytest.approx(alike["mixed"] @ ways["mixed"] / 2**0.5)
     for share in (0.1, 1e-4):
-        found = directions.apart(ways, {"mixed": share, "own": 1.0})
+        found = directions.apart(ways, {"mixed": share, "own": 1.0}, {})
         assert torch.stack(list(found.values())) @ found["own"] == pytest.approx([1, 0], abs=1e-5)
         assert found["own"] @ ways["own"] > alike["own"] @ ways["own"]
     torch.testing.assert_close(found["own"], ways["own"], atol=1e-3, rtol=0)
     torch.testing.assert_close(found["mixed"], torch.tensor([0.0, 1, 0]), atol=1e-3, rtol=0)
+
+
+def test_directions_are_turned_away_from_those_that_stay(capsys):
+    axes = torch.eye(4)
+    stays = {"dark": axes[0], "skin": axes[1]}
+    ways = {"red": axes[0] + 2 * axes[2], "old": axes[1] + axes[2] + axes[3]}
+    found = directions.apart(ways, {"red": 1.0, "old": 1e-4}, stays)
+    torch.testing.assert_close(found["red"], axes[2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found["old"], axes[3], atol=1e-3, rtol=0)
+    assert not capsys.readouterr().err
+    directions.apart({"tone": axes[0] + 0.2 * axes[3]}, {"tone": 1.0}, stays)
+    assert capsys.readouterr().err == "warning: tone is mostly what dark, skin say\n"
+    assert directions.apart({}, directions.own_shares({}), stays) == {}
+
+
+def test_words_that_are_given_leave_the_others_as_they_are(tmp_path):
+    found = []
+    for words in ((), ("red=red hair/black hair",)):
+        pairs = ("hair=long hair/short hair", "dark=black hair/blond hair")
+        directions.main(options(tmp_path, words=words, apart=pairs))
+        found.append(subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)[0])
+    assert found[1].keys() - found[0].keys() == {"red"}
+    for name, direction in found[0].items():
+        assert torch.equal(direction, found[1][name]), name
 
 
 def test_shares_are_what_a_regression_on_the_others_leaves():
