@@ -125,22 +125,23 @@ def main(cfg: Config) -> None:
     G = load_generator(locate(cfg.ckpt), device)
     if not G.z_dim:
         raise ValueError(f"--ckpt {cfg.ckpt} shows one head alone: it has no directions")
+    codes = Codes.measure(G, CODES, cfg.seed)
     directions: dict[str, Tensor] = {}
     if pairs := parse_words(cfg.words + cfg.apart):
         for flag in ("clip", "diffusion"):
             if getattr(cfg, flag) == getattr(Config, flag):
                 warn_of_puppets(f"--{flag}", G)
         clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
-        directions |= from_words(G, clip, pairs, cfg)
-    directions |= from_codes(G, cfg)
+        directions |= from_words(G, clip, pairs, codes.wide(), cfg)
+    directions |= from_codes(codes, cfg)
     make_folder(cfg.out.absolute().parent)
     save_directions(directions, cfg.out, mapping_weights=fingerprint_mapping(G))
     print(f"{cfg.out} has {', '.join(directions)}")
 
 
-def from_codes(G: Generator, cfg: Config) -> dict[str, Tensor]:
+def from_codes(codes: Codes, cfg: Config) -> dict[str, Tensor]:
     """Return the principal components of w as directions pc0, pc1, ... [w_dim], widest first."""
-    axes = Codes.measure(G, CODES, cfg.seed).axes[: cfg.components]
+    axes = codes.axes[: cfg.components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     axes = axes * largest.sign()  # Else the sign would be the library's.
     return {f"pc{k}": axis for k, axis in enumerate(axes)}
@@ -148,7 +149,11 @@ def from_codes(G: Generator, cfg: Config) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def from_words(
-    G: Generator, clip: ClipFeatures, pairs: dict[str, tuple[str, str]], cfg: Config
+    G: Generator,
+    clip: ClipFeatures,
+    pairs: dict[str, tuple[str, str]],
+    codes: Codes,
+    cfg: Config,
 ) -> dict[str, Tensor]:
     """Return directions [w_dim] towards heads that look like words, away from those of others.
 
@@ -156,6 +161,7 @@ def from_words(
         G: The generator.
         clip: CLIP, which ranks the heads.
         pairs: Two phrases by the name of their direction.
+        codes: How the generator's codes vary, along their wide axes.
         cfg: How many heads, the sentence around the words, and the prior.
 
     Raises:
@@ -168,7 +174,6 @@ def from_words(
         if asks[name].norm() < SAME:
             raise ValueError(f"--words {name}: {' and '.join(phrases)} are the same to this CLIP")
     w, c = draw_codes(G, cfg.samples, cfg.seed), draw_cameras(G, cfg)
-    codes = Codes.measure(G, CODES, cfg.seed).wide()
     x = codes.deviations(w)[:, : max(1, cfg.samples // 20)]  # [N, K]; more would be noise.
     images = torch.cat([clip.images(image) for image in see(G, w, c)])  # [N, D]
     scores = {name: without_cameras(images @ ask, c) for name, ask in asks.items()}
@@ -176,7 +181,8 @@ def from_words(
     turned: dict[str, Tensor] = {}
     given = parse_words(cfg.words).keys()
     always = [name for name in pairs if name not in given]
-    for group in (always, list(given)):  # Words that are given do not turn the others.
+    # Words that are given do not turn the others.
+    for group in [names for names in (always, list(given)) if names]:
         for name in sorted(group, key=lambda name: -scores[name].std()):  # Clearest first.
             known = torch.stack([scores[x] for x in (*ways, name)])
             alike = torch.corrcoef(known).reshape(len(known), -1)[-1, :-1].abs()
@@ -247,8 +253,6 @@ def way(x: Tensor, scores: Tensor) -> Tensor:
 
 def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
     """Return for each of some scores [N] which share of its variance the others do not tell."""
-    if not scores:
-        return {}
     rows = torch.stack(list(scores.values())).cpu().double()
     together = torch.corrcoef(rows).reshape(len(rows), -1)  # One number of one score.
     alike = DOUBLE * torch.eye(len(rows)).to(together)  # Two pairs may be the same.
@@ -269,8 +273,6 @@ def apart(
         shares: What `own_shares` says of their scores.
         others: Directions at right angles to each other, which stay; all are turned away from them.
     """
-    if not ways:
-        return {}
     units = F.normalize(torch.stack(list(ways.values())), dim=1)  # [M, K]
     for other in others.values():
         units = units - (units @ other)[:, None] * other

@@ -170,9 +170,8 @@ class Stage:
         if cfg.directions.is_file():
             codes = wide_codes(base)
             moves = {name: 0.0 for name in read_tensors(cfg.directions, DIRECTIONS)[0]}
-            edit(
-                [seed_to_person(base, 0)], cfg.directions, moves, codes
-            )  # Refused now if it cannot.
+            # Refused now if it cannot.
+            edit([seed_to_person(base, 0)], cfg.directions, moves, codes)
             directions = tuple(moves)
         warn_of_others([*cfg.latents, *([cfg.directions] if directions else [])], base)
         for path in cfg.latents:
