@@ -8,7 +8,8 @@ those behind it. The direction is how codes vary with that: every head counts, w
 of the best and the worst tenth would see a fifth of them. Where CLIP confuses two pairs of words
 (to many a CLIP long hair is dark skin), the diffusion prior is asked about the one that CLIP sees
 less clearly: which words explain the picture? Then all directions are turned away from each other,
-as little as can be, and those least that CLIP confuses least. So some pairs are always there.
+as little as can be, and those least that CLIP confuses least. So some pairs are always there
+(--apart); other words are turned away from them, unless they are mostly the same.
 The directions pc0, pc1, ... are the principal components of the codes (GANSpace, arXiv:2004.02546),
 found without words. render.py moves heads along them by standard deviations, in the source and in
 every run from it.
@@ -109,7 +110,7 @@ CODES = 10_000  # Of which the principal components are taken.
 CONFUSED = 0.8  # Correlation of two pairs of words from which on CLIP takes one for the other.
 BATCH = 8  # Heads that are seen at once.
 TIMES, LEVELS = 8, (0.15, 0.98)  # Noise levels at which it is, as fractions.
-MOSTLY = 0.3  # What others leave of a direction; below, it is theirs.
+MOSTLY = 0.5  # Length that others leave of a direction; below, it is mostly theirs.
 SAME = 1e-4  # Distance of two sentences in CLIP's space: to it they are one.
 DOUBLE = 1e-3  # Added to correlations of 1, so that they can be inverted.
 
@@ -177,25 +178,26 @@ def from_words(
     x = codes.deviations(w)[:, : max(1, cfg.samples // 20)]  # [N, K]; more would be noise.
     images = torch.cat([clip.images(image) for image in see(G, w, c)])  # [N, D]
     scores = {name: without_cameras(images @ ask, c) for name, ask in asks.items()}
+    # Those that others are told apart from, clearest first; then the others.
+    always = [name for name in parse_words(cfg.apart) if name in pairs] or list(pairs)
     ways: dict[str, Tensor] = {}
-    turned: dict[str, Tensor] = {}
-    given = parse_words(cfg.words).keys()
-    always = [name for name in pairs if name not in given]
-    # Words that are given do not turn the others.
-    for group in [names for names in (always, list(given)) if names]:
-        for name in sorted(group, key=lambda name: -scores[name].std()):  # Clearest first.
-            known = torch.stack([scores[x] for x in (*ways, name)])
-            alike = torch.corrcoef(known).reshape(len(known), -1)[-1, :-1].abs()
-            if not (alike > CONFUSED).any():
-                ways[name] = way(x, scores[name])
-            elif cfg.diffusion:
-                ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
-            else:  # What the clearer ones do not tell.
-                told = known[:-1].T
-                share = torch.linalg.lstsq(told, scores[name][:, None]).solution
-                ways[name] = way(x, scores[name] - (told @ share)[:, 0])
-        shares = own_shares({name: scores[name] for name in group})
-        turned |= apart({name: ways[name] for name in shares}, shares, turned)
+    for name in sorted(always, key=lambda name: -scores[name].std()):
+        known = torch.stack([scores[x] for x in (*ways, name)])
+        alike = torch.corrcoef(known).reshape(len(known), -1)[-1, :-1].abs()
+        if not (alike > CONFUSED).any():
+            ways[name] = way(x, scores[name])
+        elif cfg.diffusion:
+            ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
+        else:  # What the clearer ones do not tell.
+            told = known[:-1].T
+            share = torch.linalg.lstsq(told, scores[name][:, None]).solution
+            ways[name] = way(x, scores[name] - (told @ share)[:, 0])
+    turned = apart(ways, own_shares({name: scores[name] for name in ways}))
+    firmly = dict(turned)
+    for name in [name for name in pairs if name not in firmly]:
+        # One of them under another name, or what CLIP sees beyond them.
+        same = [firmly[other] for other in firmly if pairs[other] == pairs[name]]
+        turned[name] = same[0] if same else away(name, way(x, scores[name]), firmly)
     axes = codes.axes[: x.shape[1]]
     return {name: in_deviations(turned[name].to(axes) @ axes, w) for name in pairs}
 
@@ -260,28 +262,29 @@ def own_shares(scores: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(scores, shares.tolist(), strict=True))
 
 
-def apart(
-    ways: dict[str, Tensor], shares: dict[str, float], others: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def apart(ways: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
     """Return directions that are nearest to some, in deviations, and at right angles, [K] each.
 
     Löwdin's symmetric orthogonalisation, weighted: the larger a direction's share, the less it is
     turned. What the rest tell least is least mixed with them.
-
-    Args:
-        ways: Directions, [K] each.
-        shares: What `own_shares` says of their scores.
-        others: Directions at right angles to each other, which stay; all are turned away from them.
     """
     units = F.normalize(torch.stack(list(ways.values())), dim=1)  # [M, K]
-    for other in others.values():
-        units = units - (units @ other)[:, None] * other
-    for name, left in zip(ways, units.norm(dim=1), strict=True):
-        if left < MOSTLY:
-            print(f"warning: {name} is mostly what {', '.join(others)} say", file=sys.stderr)
-    weighted = F.normalize(units, dim=1) * units.new_tensor([shares[x] for x in ways])[:, None]
+    weighted = units * units.new_tensor([shares[name] for name in ways])[:, None]
     left, _, right = torch.linalg.svd(weighted, full_matrices=False)
     return dict(zip(ways, left @ right, strict=True))
+
+
+def away(name: str, own: Tensor, others: dict[str, Tensor]) -> Tensor:
+    """Turn a direction [K] away from others, which are at right angles; all are in deviations.
+
+    What is mostly theirs stays as it is, with a warning: it may mean the same.
+    """
+    unit = F.normalize(own, dim=0)
+    left = unit - sum((unit @ other) * other for other in others.values())
+    if left.norm() > MOSTLY:
+        return F.normalize(left, dim=0)
+    print(f"warning: {name} is mostly what {', '.join(others)} say, and stays so", file=sys.stderr)
+    return unit
 
 
 def without_cameras(scores: Tensor, c: Tensor) -> Tensor:

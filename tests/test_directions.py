@@ -25,22 +25,23 @@ def options(tmp_path, **changes):
 
 
 def test_a_file_has_the_words_and_the_widest_directions(tmp_path, capsys):
-    directions.main(options(tmp_path))
+    apart = ("hair=long hair/short hair", "dark=black hair/blond hair")
+    directions.main(options(tmp_path, apart=apart))
     found, _ = subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)
-    assert found.keys() == {"red", "hair", "pc0", "pc1", "pc2"}
+    assert found.keys() == {"red", "hair", "dark", "pc0", "pc1", "pc2"}
     w = subjects.draw_codes(build_generator(), 3000, seed=7)
     for name, direction in found.items():  # One unit is one standard deviation.
         unit = direction / direction.norm()
         assert (w @ unit).std() == pytest.approx(direction.norm().item(), rel=0.3), name
     codes = subjects.Codes.measure(build_generator(), directions.CODES, seed=0)
-    ways = [codes.deviations(codes.mean + found[name])[:5] for name in ("red", "hair")]
+    ways = [codes.deviations(codes.mean + found[name])[:5] for name in ("dark", "hair")]
     assert torch.cosine_similarity(*ways, dim=0) == pytest.approx(0, abs=1e-3)
     widths = [found[f"pc{k}"].norm() for k in range(3)]
     assert widths == sorted(widths, reverse=True)
     axes = torch.stack([found[f"pc{k}"] / widths[k] for k in range(3)])
     torch.testing.assert_close(axes @ axes.T, torch.eye(3), atol=1e-4, rtol=0)
     first = (tmp_path / "d.safetensors").read_bytes()
-    directions.main(options(tmp_path))
+    directions.main(options(tmp_path, apart=apart))
     assert (tmp_path / "d.safetensors").read_bytes() == first
 
 
@@ -87,37 +88,47 @@ def test_directions_lead_to_what_is_rated_high_and_not_to_what_is_seen_more_clea
 
 def test_what_the_others_tell_least_is_turned_least():
     ways = {"own": torch.tensor([1.0, 0, 0]), "mixed": torch.tensor([1.0, 1, 0])}
-    alike = directions.apart(ways, {"own": 1.0, "mixed": 1.0}, {})
+    alike = directions.apart(ways, {"own": 1.0, "mixed": 1.0})
     assert alike["own"] @ ways["own"] == pytest.approx(alike["mixed"] @ ways["mixed"] / 2**0.5)
     for share in (0.1, 1e-4):
-        found = directions.apart(ways, {"mixed": share, "own": 1.0}, {})
+        found = directions.apart(ways, {"mixed": share, "own": 1.0})
         assert torch.stack(list(found.values())) @ found["own"] == pytest.approx([1, 0], abs=1e-5)
         assert found["own"] @ ways["own"] > alike["own"] @ ways["own"]
     torch.testing.assert_close(found["own"], ways["own"], atol=1e-3, rtol=0)
     torch.testing.assert_close(found["mixed"], torch.tensor([0.0, 1, 0]), atol=1e-3, rtol=0)
 
 
-def test_directions_are_turned_away_from_those_that_stay(capsys):
+def test_a_direction_is_turned_away_from_others_unless_it_is_mostly_theirs(capsys):
     axes = torch.eye(4)
-    stays = {"dark": axes[0], "skin": axes[1]}
-    ways = {"red": axes[0] + 2 * axes[2], "old": axes[1] + axes[2] + axes[3]}
-    found = directions.apart(ways, {"red": 1.0, "old": 1e-4}, stays)
-    torch.testing.assert_close(found["red"], axes[2], atol=1e-3, rtol=0)
-    torch.testing.assert_close(found["old"], axes[3], atol=1e-3, rtol=0)
+    stay = {"dark": axes[0], "skin": axes[1]}
+    old = directions.away("old", axes[0] + axes[1] + 3 * axes[2], stay)
+    torch.testing.assert_close(old, axes[2])
     assert not capsys.readouterr().err
-    directions.apart({"tone": axes[0] + 0.2 * axes[3]}, {"tone": 1.0}, stays)
-    assert capsys.readouterr().err == "warning: tone is mostly what dark, skin say\n"
+    red = directions.away("red", 3 * axes[0] + axes[2], stay)
+    torch.testing.assert_close(red, (3 * axes[0] + axes[2]) / 10**0.5)
+    reason = "warning: red is mostly what dark, skin say, and stays so\n"
+    assert capsys.readouterr().err == reason
 
 
 def test_words_that_are_given_leave_the_others_as_they_are(tmp_path):
     found = []
-    for words in ((), ("red=red hair/black hair",)):
-        pairs = ("hair=long hair/short hair", "dark=black hair/blond hair")
+    pairs = ("hair=long hair/short hair", "dark=black hair/blond hair")
+    for words in ((), ("red=red hair/black hair", "length=long hair/short hair", pairs[1])):
         directions.main(options(tmp_path, words=words, apart=pairs))
         found.append(subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)[0])
-    assert found[1].keys() - found[0].keys() == {"red"}
+    assert found[1].keys() - found[0].keys() == {"red", "length"}
     for name, direction in found[0].items():
         assert torch.equal(direction, found[1][name]), name
+    assert torch.equal(found[1]["length"], found[1]["hair"])  # The same words.
+
+
+def test_without_others_the_words_that_are_given_are_told_apart(tmp_path):
+    pairs = ("hair=long hair/short hair", "dark=black hair/blond hair")
+    found = []
+    for change in ({"words": (), "apart": pairs}, {"words": pairs, "apart": ()}):
+        directions.main(options(tmp_path, **change))
+        found.append(subjects.read_tensors(tmp_path / "d.safetensors", subjects.DIRECTIONS)[0])
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
 def test_shares_are_what_a_regression_on_the_others_leaves():
