@@ -138,6 +138,8 @@ class Targets:
     steps: Annotated[int, Within(1, 1000)] = 8  # DDIM steps down, and up if inverted.
     inverted: bool = True
     """Start from the source's picture inverted, which keeps persons; else from noise for all."""
+    draws: Annotated[int, Within(0, 64)] = 0
+    """Instead of inverting, edit the picture (FlowEdit): noises that each step averages over."""
     margin: Fraction = 0.0
     """Width around the foreground where shapes may grow, as a fraction of the picture's."""
     adapted_depth: bool = False

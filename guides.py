@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import Config
 from harness.run_folder import locate
-from losses import denoised_latents, grown_mask
+from losses import denoised_latents, edited_latents, grown_mask
 from models.cameras import VIEW_WORDS, sides_of
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
@@ -207,6 +207,13 @@ class Guides:
         noise = torch.randn(1, *self.prior.latent_shape, generator=generator)
         return noise.to(self.prior.device)
 
+    @cached_property
+    def noises(self) -> Tensor:
+        """The noises that edits average over in each of their steps, [steps, K, 1, 4, h, w]."""
+        shape = self.cfg.targets.steps, self.cfg.targets.draws, 1, *self.prior.latent_shape
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        return torch.randn(shape, generator=generator).to(self.prior.device)
+
     def depth(self, source: Outputs) -> Tensor | None:
         """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
         if not self.cfg.depth_scale:
@@ -233,18 +240,19 @@ class Guides:
         shape = source
         if "adapted_mask" in source:
             shape = {"image_depth": source["adapted_depth"], "mask": source["adapted_mask"]}
-        latents = denoised_latents(
-            self.prior,
-            latents_src,
-            self.condition_of(source),
-            self.condition_src_of(source),
-            how.level,
-            how.steps,
-            cfg.guidance,
-            self.depth(shape),
-            None if how.inverted else self.one_noise,
-            self.depth(source),
-        )
+        conditions = self.condition_of(source), self.condition_src_of(source)
+        inputs = (self.prior, latents_src, *conditions, how.level)
+        if how.inverted and how.draws:
+            latents = edited_latents(*inputs, cfg.guidance, self.noises, self.depth(shape))
+        else:
+            latents = denoised_latents(
+                *inputs,
+                how.steps,
+                cfg.guidance,
+                self.depth(shape),
+                None if how.inverted else self.one_noise,
+                self.depth(source),
+            )
         painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
         if "mask" not in source:
             return {"image": painted}

@@ -107,10 +107,20 @@ def unbroken_shaped(short_runs, tmp_path_factory):
     return run(tmp_path_factory.mktemp("shaped") / "run", **SHAPED)
 
 
+# The same, each picture an edit that averages over noises.
+EDITED = SHAPED | {"targets": SHAPED["targets"] | {"draws": 2}}
+
+
+@pytest.fixture(scope="module")
+def unbroken_edited(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("edited") / "run", **EDITED)
+
+
 @pytest.mark.parametrize(
     ("given", "name", "steps"),
     [(PAINTED, "unbroken_painted", steps) for steps in (1, 3, 4)]
-    + [(SHAPED, "unbroken_shaped", steps) for steps in (1, 2, 5)],
+    + [(SHAPED, "unbroken_shaped", steps) for steps in (1, 2, 5)]
+    + [(EDITED, "unbroken_edited", steps) for steps in (1, 3)],
 )
 def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, request, given, name, steps):
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
