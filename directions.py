@@ -190,8 +190,7 @@ def from_words(
             ways[name] = way(x, ask_prior(G, w, c, pairs[name], cfg))
         else:  # What the clearer ones do not tell.
             told = known[:-1].T
-            share = torch.linalg.lstsq(told, scores[name][:, None]).solution
-            ways[name] = way(x, scores[name] - (told @ share)[:, 0])
+            ways[name] = way(x, scores[name] - told @ least_squares(told, scores[name]))
     turned = apart(ways, own_shares({name: scores[name] for name in ways}))
     firmly = dict(turned)
     for name in [name for name in pairs if name not in firmly]:
@@ -292,8 +291,16 @@ def without_cameras(scores: Tensor, c: Tensor) -> Tensor:
     position = c[:, 3:12:4]  # Of the camera, [N, 3]; none without cameras.
     ones = torch.ones(len(scores), 1, device=scores.device)
     known = torch.cat([ones, position, position.square()], dim=1)
-    told = torch.linalg.lstsq(known.cpu().double(), scores[:, None].cpu().double()).solution[:, 0]
-    return scores - known @ told.to(scores)
+    return scores - known @ least_squares(known, scores)
+
+
+def least_squares(known: Tensor, wanted: Tensor) -> Tensor:
+    """Return the shares [K] of known columns [N, K] that come nearest to the wanted one, [N].
+
+    Of equally near ones the smallest, alike every time: torch's own choice, gelsy, is not.
+    """
+    columns = known.cpu().double(), wanted[:, None].cpu().double()
+    return torch.linalg.lstsq(*columns, driver="gelsd").solution[:, 0].to(wanted)
 
 
 def in_deviations(direction: Tensor, w: Tensor) -> Tensor:
