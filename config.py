@@ -415,6 +415,8 @@ def _check_weights(cfg: Config) -> None:
             f"--select-layers goes by score distillation: one of --weights "
             f"{', '.join(SCORE_DISTILLATION)} must be on"
         )
+    if cfg.targets.draws and not cfg.targets.inverted:
+        raise ValueError("--targets.draws edits the source, so it needs --targets.inverted")
     if cfg.base in FLAT and ("silhouette" in on or cfg.targets.adapted_depth):
         flag = "--weights.silhouette" if "silhouette" in on else "--targets.adapted-depth"
         raise ValueError(f"{flag} needs depth and masks, and --base {cfg.base} has none")

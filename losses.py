@@ -215,8 +215,8 @@ def edited_latents(
 
     The source's latents and those edited so far get the same noise; the edit moves by the
     difference of what the prior predicts of the two (FlowEdit, arXiv:2412.08629, here in DDIM's
-    schedule). What the prior would change in any picture drops out. So persons and poses stay
-    where inversion, inexact in a few steps, loses them.
+    schedule). What the prior would change in any picture drops out, so more of the person stays
+    than with inversion, which is inexact in a few steps.
 
     Args:
         condition: Of the target domain.

@@ -183,3 +183,10 @@ def test_a_target_that_is_the_source_is_refused(method, tmp_path):
     cfg = Config(prompt=" A photo of a Person", method=method, out=tmp_path / "run")
     with pytest.raises(ValueError, match="is the --source-prompt"):
         config.check(cfg)
+
+
+def test_edits_start_from_the_source_and_not_from_noise():
+    config.check(Config(prompt="x", method="denoised", targets={"draws": 2}))
+    cfg = Config(prompt="x", method="denoised", targets={"draws": 2, "inverted": False})
+    with pytest.raises(ValueError, match="--targets.draws edits .* needs --targets.inverted"):
+        config.check(cfg)
