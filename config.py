@@ -140,6 +140,10 @@ class Targets:
     """Start from the source's picture inverted, which keeps persons; else from noise for all."""
     draws: Annotated[int, Within(0, 64)] = 0
     """Instead of inverting, edit the picture (FlowEdit): noises that each step averages over."""
+    guided: tuple[float, float] = (0.0, 1.0)
+    """Diffusion times between which guidance acts, as fractions; elsewhere it is 1."""
+    held: tuple[float, float] = (0.0, 1.0)
+    """Diffusion times between which the prior sees the depth, as fractions."""
     margin: Fraction = 0.0
     """Width around the foreground where shapes may grow, as a fraction of the picture's."""
     adapted_depth: bool = False
@@ -415,6 +419,10 @@ def _check_weights(cfg: Config) -> None:
             f"--select-layers goes by score distillation: one of --weights "
             f"{', '.join(SCORE_DISTILLATION)} must be on"
         )
+    for name in ("guided", "held"):
+        low, high = getattr(cfg.targets, name)
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"--targets.{name} must rise within 0 to 1, got {low:g} {high:g}")
     if cfg.targets.draws and not cfg.targets.inverted:
         raise ValueError("--targets.draws edits the source, so it needs --targets.inverted")
     if cfg.base in FLAT and ("silhouette" in on or cfg.targets.adapted_depth):

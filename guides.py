@@ -12,12 +12,13 @@ from torch import Tensor
 
 from config import Config
 from harness.run_folder import locate
-from losses import denoised_latents, edited_latents, grown_mask
+from losses import denoised_latents, grown_mask
 from models.cameras import VIEW_WORDS, sides_of
 from models.diffusion import Condition, DiffusionPrior
 from models.features import ClipFeatures, TokenFeatures
 from models.fingerprints import fingerprint, fingerprint_generator
 from models.generator import Generator, Outputs
+from models.noise import edited_latents
 
 HSC_GRIDS = (4, 8, None)  # Cells per side of each level; None: the ViT's own.
 CLIP_LAYER = 3 / 12  # Depth of the tokens that 3D-Adapter compares: the third of ViT-B's twelve.
@@ -243,7 +244,9 @@ class Guides:
         conditions = self.condition_of(source), self.condition_src_of(source)
         inputs = (self.prior, latents_src, *conditions, how.level)
         if how.inverted and how.draws:
-            latents = edited_latents(*inputs, cfg.guidance, self.noises, self.depth(shape))
+            latents = edited_latents(
+                *inputs, cfg.guidance, self.noises, self.depth(shape), how.guided, how.held
+            )
         else:
             latents = denoised_latents(
                 *inputs,
@@ -252,6 +255,8 @@ class Guides:
                 self.depth(shape),
                 None if how.inverted else self.one_noise,
                 self.depth(source),
+                how.guided,
+                how.held,
             )
         painted = resize(self.prior.decode_latents(latents), image.shape[-1]).clamp(-1, 1)
         if "mask" not in source:

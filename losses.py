@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.noise import NoisePredictor, add_noise, ddim, guided_noise, noise_pair, signal
+from models.noise import (
+    ALWAYS,
+    NoisePredictor,
+    Span,
+    add_noise,
+    ddim,
+    guided_noise,
+    noise_pair,
+    signal,
+)
 
 if TYPE_CHECKING:
     from models.diffusion import Condition
@@ -168,6 +176,8 @@ def denoised_latents(
     depth: Tensor | None = None,
     noise: Tensor | None = None,
     depth_src: Tensor | None = None,
+    guided: Span = ALWAYS,
+    held: Span = ALWAYS,
 ) -> Tensor:
     """Return what the prior makes of the source's latents: a target to regress onto, [B, 4, h, w].
 
@@ -187,6 +197,8 @@ def denoised_latents(
         noise: Of all heads, [1, 4, h, w]: what it happens to mean is the same change for all. None
             inverts the source's latents instead, and what the prior knows of each person stays.
         depth_src: The source's, for the inversion, where `depth` is another; None: `depth`.
+        guided: Of the steps down, see `ddim`.
+        held: Of the steps down, likewise.
     """
     last = round(level * (len(prior.alphas_cumprod) - 1))
     up = torch.linspace(0, last, steps + 1).round().int().tolist()
@@ -198,45 +210,8 @@ def denoised_latents(
         end = -1
         t = torch.full_like(latents_src[:, 0, 0, 0], last).long()
         latents_t = add_noise(prior, latents_src, t, noise)
-    return ddim(prior, latents_t, condition, [*up[:0:-1], end], guidance, depth)
-
-
-def edited_latents(
-    prior: NoisePredictor,
-    latents_src: Tensor,
-    condition: Condition,
-    condition_src: Condition,
-    level: float,
-    guidance: float,
-    noise: Tensor,
-    depth: Tensor | None = None,
-) -> Tensor:
-    """Return what an edit makes of the source's latents, without inversion, [B, 4, h, w].
-
-    The source's latents and those edited so far get the same noise; the edit moves by the
-    difference of what the prior predicts of the two (FlowEdit, arXiv:2412.08629, here in DDIM's
-    schedule). What the prior would change in any picture drops out, so more of the person stays
-    than with inversion, which is inexact in a few steps.
-
-    Args:
-        condition: Of the target domain.
-        condition_src: Of the source's own; its predictions have neither guidance nor depth.
-        level: Where denoising begins, as a fraction of the schedule: how much may change.
-        guidance: Of the target's predictions.
-        noise: Each step averages over K draws, the same for all heads, [steps, K, 1, 4, h, w].
-        depth: Condition of the prior for the target; None goes without.
-    """
-    last = round(level * (len(prior.alphas_cumprod) - 1))
-    times = torch.linspace(last, 0, len(noise) + 1).round().int().tolist()
-    latents = latents_src
-    for (now, then), draws in zip(pairwise(times), noise, strict=True):
-        t, change = torch.full_like(latents[:, 0, 0, 0], now).long(), 0
-        for draw in draws:
-            noisy, noisy_src = (add_noise(prior, x, t, draw) for x in (latents, latents_src))
-            change += guided_noise(prior, noisy, t, condition, guidance, depth)
-            change -= guided_noise(prior, noisy_src, t, condition_src, 1.0)
-        latents = latents + (_sigma(prior, then) - _sigma(prior, now)) / len(draws) * change
-    return latents
+    times = [*up[:0:-1], end]
+    return ddim(prior, latents_t, condition, times, guidance, depth, guided, held)
 
 
 def denoised_loss(images: Tensor, targets: Tensor, cells: int = 4) -> Tensor:
@@ -552,12 +527,6 @@ def _carrier(latents: Tensor, grad: Tensor) -> Tensor:
     """Return values [B] whose gradient w.r.t. `latents` is `grad`: half its square."""
     target = (latents - grad).detach()
     return 0.5 * (latents - target).square().flatten(1).sum(1)
-
-
-def _sigma(prior: NoisePredictor, t: int) -> Tensor:
-    """Return the noise's share at a time over the signal's, a scalar."""
-    abar = prior.alphas_cumprod[t]
-    return ((1 - abar) / abar).sqrt()
 
 
 def _unit(noise: Tensor) -> Tensor:

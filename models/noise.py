@@ -16,6 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
+Span = tuple[float, float]
+ALWAYS: Span = (0.0, 1.0)
+
 
 class NoisePredictor(Protocol):
     """What a loss needs of a frozen diffusion model (see models/diffusion.py)."""
@@ -110,6 +113,8 @@ def ddim(
     times: Sequence[int],
     guidance: float,
     depth: Tensor | None = None,
+    guided: Span = ALWAYS,
+    held: Span = ALWAYS,
 ) -> Tensor:
     """Move latents along the schedule, deterministically (DDIM, arXiv:2010.02502, Eq. 12, sigma 0).
 
@@ -123,13 +128,17 @@ def ddim(
             can only come last.
         guidance: See `guided_noise`.
         depth: Condition of the prior, [B, 3, H, W]; None goes without.
+        guided: Times between which guidance acts, as fractions of the schedule; elsewhere it is 1
+            (Guidance in a Limited Interval, arXiv:2404.07724).
+        held: Times between which the depth acts, likewise.
 
     Returns:
         Latents of the last time, [B, 4, h, w].
     """
     for now, then in pairwise(times):
         t = torch.full((len(latents),), now, device=latents.device)
-        eps_hat = guided_noise(prior, latents, t, condition, guidance, depth)
+        leads = _leads(prior, now, guidance, depth, guided, held)
+        eps_hat = guided_noise(prior, latents, t, condition, *leads)
         abar = signal(prior, t)
         clean = (latents - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
         latents = add_noise(prior, clean, t - now + then, eps_hat) if then >= 0 else clean
@@ -139,6 +148,72 @@ def ddim(
 def signal(prior: NoisePredictor, t: Tensor) -> Tensor:
     """Return abar_t, the signal's share of the variance, as [B, 1, 1, 1]."""
     return prior.alphas_cumprod[t].view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def edited_latents(
+    prior: NoisePredictor,
+    latents_src: Tensor,
+    condition: Condition,
+    condition_src: Condition,
+    level: float,
+    guidance: float,
+    noise: Tensor,
+    depth: Tensor | None = None,
+    guided: Span = ALWAYS,
+    held: Span = ALWAYS,
+) -> Tensor:
+    """Return what an edit makes of the source's latents, without inversion, [B, 4, h, w].
+
+    The source's latents and those edited so far get the same noise; the edit moves by the
+    difference of what the prior predicts of the two (FlowEdit, arXiv:2412.08629, here in DDIM's
+    schedule). What the prior would change in any picture drops out, so more of the person stays
+    than with inversion, which is inexact in a few steps.
+
+    Args:
+        condition: Of the target domain.
+        condition_src: Of the source's own; its predictions have neither guidance nor depth.
+        level: Where denoising begins, as a fraction of the schedule: how much may change.
+        guidance: Of the target's predictions.
+        noise: Each step averages over K draws, the same for all heads, [steps, K, 1, 4, h, w].
+        depth: Condition of the prior for the target; None goes without.
+        guided: See `ddim`.
+        held: See `ddim`.
+    """
+    last = round(level * (len(prior.alphas_cumprod) - 1))
+    times = torch.linspace(last, 0, len(noise) + 1).round().int().tolist()
+    latents = latents_src
+    for (now, then), draws in zip(pairwise(times), noise, strict=True):
+        t, change = torch.full_like(latents[:, 0, 0, 0], now).long(), 0
+        leads = _leads(prior, now, guidance, depth, guided, held)
+        for draw in draws:
+            noisy, noisy_src = (add_noise(prior, x, t, draw) for x in (latents, latents_src))
+            change += guided_noise(prior, noisy, t, condition, *leads)
+            change -= guided_noise(prior, noisy_src, t, condition_src, 1.0)
+        latents = latents + (_sigma(prior, then) - _sigma(prior, now)) / len(draws) * change
+    return latents
+
+
+def _leads(
+    prior: NoisePredictor,
+    time: int,
+    guidance: float,
+    depth: Tensor | None,
+    guided: Span,
+    held: Span,
+) -> tuple[float, Tensor | None]:
+    """Return the guidance and the depth of one step of the schedule."""
+    at = time / (len(prior.alphas_cumprod) - 1)
+    return (
+        guidance if guided[0] <= at <= guided[1] else 1.0,
+        depth if held[0] <= at <= held[1] else None,
+    )
+
+
+def _sigma(prior: NoisePredictor, t: int) -> Tensor:
+    """Return the noise's share at a time over the signal's, a scalar."""
+    abar = prior.alphas_cumprod[t]
+    return ((1 - abar) / abar).sqrt()
 
 
 @torch.no_grad()

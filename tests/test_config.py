@@ -185,6 +185,14 @@ def test_a_target_that_is_the_source_is_refused(method, tmp_path):
         config.check(cfg)
 
 
+@pytest.mark.parametrize("name", ["guided", "held"])
+@pytest.mark.parametrize("times", [(0.7, 0.6), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+def test_times_of_targets_must_rise_within_0_to_1(name, times):
+    config.check(Config(prompt="x", targets={name: (0.7, 0.7)}))
+    with pytest.raises(ValueError, match=f"--targets.{name} must"):
+        config.check(Config(prompt="x", targets={name: times}))
+
+
 def test_edits_start_from_the_source_and_not_from_noise():
     config.check(Config(prompt="x", method="denoised", targets={"draws": 2}))
     cfg = Config(prompt="x", method="denoised", targets={"draws": 2, "inverted": False})

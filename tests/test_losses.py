@@ -14,7 +14,6 @@ from losses import (
     denoised_loss,
     dsds_loss,
     edit_mask,
-    edited_latents,
     fusion_sds_loss,
     grown_mask,
     hsc_loss,
@@ -551,36 +550,6 @@ def test_target_from_inversion_is_another_under_another_prompt():
         for under in (condition, other)
     )
     assert (changed - same).abs().mean() > 0.1
-
-
-def test_edit_under_the_sources_own_prompt_is_the_source():
-    latents, condition, *_ = sds_inputs()
-    noise = torch.randn(6, 3, 1, *latents.shape[1:])
-    edited = edited_latents(FakePrior(), latents, condition, condition, 0.9, 1.0, noise)
-    torch.testing.assert_close(edited, latents)
-
-
-def test_edit_of_one_step_moves_by_the_mean_difference_of_the_predictions():
-    latents, condition, *_ = sds_inputs()
-    source = Condition(torch.full_like(condition.text, 0.2))
-    noise = torch.randn(1, 2, 1, *latents.shape[1:])
-    edited = edited_latents(FakePrior(), latents, condition, source, 0.5, GUIDANCE, noise)
-    t = torch.tensor([500, 500, 500])
-    abar, clean = (FakePrior.alphas_cumprod[i] for i in (500, 0))
-    x_t = torch.stack([add_noise(FakePrior(), latents, t, draw) for draw in noise[0]]).mean(0)
-    change = (0.1 + GUIDANCE * (0.7 - 0.1) - 0.2) * x_t
-    fall = ((1 - clean) / clean).sqrt() - ((1 - abar) / abar).sqrt()
-    torch.testing.assert_close(edited, latents + fall * change)
-
-
-def test_edit_moves_further_under_more_guidance():
-    latents, condition, *_ = sds_inputs()
-    noise = torch.randn(8, 1, 1, *latents.shape[1:])
-    small, large = (
-        edited_latents(FakePrior(), latents, condition, condition, 0.9, guidance, noise) - latents
-        for guidance in (1.5, 3.0)
-    )
-    assert large.norm() > small.norm() > 0.1
 
 
 def test_denoised_loss_counts_pixels_and_averages():

@@ -1,11 +1,13 @@
 """Denoising step by step, against its closed form."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_prior import FakePrior
 
 from models.diffusion import Condition
-from models.noise import ddim, signal
+from models.noise import add_noise, ddim, edited_latents, signal
 
 
 class Oracle(FakePrior):
@@ -53,3 +55,70 @@ def test_inversion_leads_back_the_better_the_more_steps():
         assert (noisy - x).abs().max() > 0.1
         errors.append((ddim(prior, noisy, condition, up[::-1], 1.0) - x).abs().max().item())
     assert errors[1] < errors[0] / 4
+
+
+def test_guidance_and_depth_act_between_two_times():
+    prior, x = FakePrior(), torch.randn(3, 4, 2, 2)
+    condition = Condition(torch.stack([torch.full((5, 8), 0.1), torch.full((5, 8), 0.3)]))
+    depth = torch.full((3, 3, 8, 8), 0.5)
+    wanted = ddim(prior, x, condition, [800, 600], 1.0, depth)
+    wanted = ddim(prior, wanted, condition, [600, 400], 3.0)
+    wanted = ddim(prior, wanted, condition, [400, -1], 1.0)
+    inputs = prior, x, condition, [800, 600, 400, -1], 3.0, depth
+    between = ddim(*inputs, guided=(0.5, 0.7), held=(0.7, 1.0))
+    torch.testing.assert_close(between, wanted)
+    for other in ({"guided": (0.5, 0.7)}, {"held": (0.7, 1.0)}):
+        assert (ddim(*inputs, **other) - wanted).abs().max() > 0.01
+
+
+def edit_inputs():
+    """Latents, and a condition: 0.1 everywhere, then 0.7 everywhere."""
+    text = torch.tensor([0.1, 0.7]).view(2, 1, 1).expand(2, 5, 6)
+    return torch.randn(3, 4, 8, 8), Condition(text)
+
+
+def test_edit_under_the_sources_own_prompt_is_the_source():
+    latents, condition = edit_inputs()
+    noise = torch.randn(6, 3, 1, *latents.shape[1:])
+    edited = edited_latents(FakePrior(), latents, condition, condition, 0.9, 1.0, noise)
+    torch.testing.assert_close(edited, latents)
+
+
+def test_edit_of_one_step_moves_by_the_mean_difference_of_the_predictions():
+    latents, condition = edit_inputs()
+    source = Condition(torch.full_like(condition.text, 0.2))
+    noise = torch.randn(1, 2, 1, *latents.shape[1:])
+    edited = edited_latents(FakePrior(), latents, condition, source, 0.5, 2.0, noise)
+    t = torch.tensor([500, 500, 500])
+    abar, clean = (FakePrior.alphas_cumprod[i] for i in (500, 0))
+    x_t = torch.stack([add_noise(FakePrior(), latents, t, draw) for draw in noise[0]]).mean(0)
+    change = (0.1 + 2.0 * (0.7 - 0.1) - 0.2) * x_t
+    fall = ((1 - clean) / clean).sqrt() - ((1 - abar) / abar).sqrt()
+    torch.testing.assert_close(edited, latents + fall * change)
+
+
+def test_edit_moves_further_under_more_guidance():
+    latents, condition = edit_inputs()
+    noise = torch.randn(8, 1, 1, *latents.shape[1:])
+    small, large = (
+        edited_latents(FakePrior(), latents, condition, condition, 0.9, guidance, noise) - latents
+        for guidance in (1.5, 3.0)
+    )
+    assert large.norm() > small.norm() > 0.1
+
+
+def test_guidance_and_depth_of_an_edit_act_between_two_times():
+    latents, condition = edit_inputs()
+    depth = torch.full((3, 3, 8, 8), 0.5)
+    noise = torch.randn(2, 1, 1, *latents.shape[1:])  # Steps at 0.8 and 0.4.
+    inputs = FakePrior(), latents, condition, condition, 0.8, 3.0, noise
+    edits = {
+        spans: edited_latents(*inputs, depth, *spans) - latents
+        for spans in itertools.product([(0.9, 1.0), (0.5, 1.0), (0.0, 1.0)], repeat=2)
+    }
+    never, first, always = (0.9, 1.0), (0.5, 1.0), (0.0, 1.0)
+    # The two conditions are the same, so that nothing changes where neither acts.
+    torch.testing.assert_close(edits[never, never], torch.zeros_like(latents))
+    for fewer, more in ((never, first), (first, always)):
+        assert 0 <= edits[fewer, never].norm() < edits[more, never].norm()
+        assert 0 <= edits[never, fewer].norm() < edits[never, more].norm()

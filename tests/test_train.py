@@ -108,7 +108,9 @@ def unbroken_shaped(short_runs, tmp_path_factory):
 
 
 # The same, each picture an edit that averages over noises.
-EDITED = SHAPED | {"targets": SHAPED["targets"] | {"draws": 2}}
+EDITED = SHAPED | {
+    "targets": SHAPED["targets"] | {"draws": 2, "guided": (0.5, 0.8), "held": (0.6, 1.0)}
+}
 
 
 @pytest.fixture(scope="module")
