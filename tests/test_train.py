@@ -98,7 +98,7 @@ def unbroken_painted(short_runs, tmp_path_factory):
 # Three draws; the last two are painted from the depth of what the steps before have made.
 SHAPED = {
     "method": "denoised-shapes",
-    "targets": {"steps": 2, "pool": 1, "reuse": 2},
+    "targets": {"steps": 2, "pool": 1, "reuse": 2, "guided": (0.4, 0.5), "adapted_depth": True},
 }
 
 
@@ -107,22 +107,20 @@ def unbroken_shaped(short_runs, tmp_path_factory):
     return run(tmp_path_factory.mktemp("shaped") / "run", **SHAPED)
 
 
-# The same, each picture an edit that averages over noises.
-EDITED = SHAPED | {
-    "targets": SHAPED["targets"] | {"draws": 2, "guided": (0.5, 0.8), "held": (0.6, 1.0)}
-}
+# The same by inversion, where SHAPED edits.
+INVERTED = SHAPED | {"targets": SHAPED["targets"] | {"draws": 0}}
 
 
 @pytest.fixture(scope="module")
-def unbroken_edited(short_runs, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("edited") / "run", **EDITED)
+def unbroken_inverted(short_runs, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("inverted") / "run", **INVERTED)
 
 
 @pytest.mark.parametrize(
     ("given", "name", "steps"),
     [(PAINTED, "unbroken_painted", steps) for steps in (1, 3, 4)]
     + [(SHAPED, "unbroken_shaped", steps) for steps in (1, 2, 5)]
-    + [(EDITED, "unbroken_edited", steps) for steps in (1, 3)],
+    + [(INVERTED, "unbroken_inverted", steps) for steps in (1, 3)],
 )
 def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, request, given, name, steps):
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
