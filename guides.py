@@ -208,13 +208,6 @@ class Guides:
         noise = torch.randn(1, *self.prior.latent_shape, generator=generator)
         return noise.to(self.prior.device)
 
-    @cached_property
-    def noises(self) -> Tensor:
-        """The noises that edits average over in each of their steps, [steps, K, 1, 4, h, w]."""
-        shape = self.cfg.targets.steps, self.cfg.targets.draws, 1, *self.prior.latent_shape
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        return torch.randn(shape, generator=generator).to(self.prior.device)
-
     def depth(self, source: Outputs) -> Tensor | None:
         """Return the source's depth as the prior takes it, unless --depth-scale is 0."""
         if not self.cfg.depth_scale:
@@ -230,7 +223,7 @@ class Guides:
 
         Args:
             source: Its outputs; with "adapted_depth" and "adapted_mask", heads are painted as those
-                say they have become.
+                say they have become. With --targets.draws also "noises", see `edited_latents`.
 
         Returns:
             "image" [b, 3, R, R], clamped to [-1, 1], and if the source has one its foreground,
@@ -245,7 +238,7 @@ class Guides:
         inputs = (self.prior, latents_src, *conditions, how.level)
         if how.inverted and how.draws:
             latents = edited_latents(
-                *inputs, cfg.guidance, self.noises, self.depth(shape), how.guided, how.held
+                *inputs, cfg.guidance, source["noises"], self.depth(shape), how.guided, how.held
             )
         else:
             latents = denoised_latents(

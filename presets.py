@@ -136,7 +136,7 @@ TUNED: dict[str, dict[str, float]] = {
 }
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
 PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0}
-TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 264, "guidance": 4.5, "silhouette": 2.0}
+TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 264, "guidance": 4.0, "silhouette": 2.0}
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {
     "stylegan-fusion": dict(

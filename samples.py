@@ -33,7 +33,7 @@ class Pool:
     def __init__(self, cfg: Config, G_src: Generator, guides: Guides) -> None:
         """Take what samples are made with."""
         self.cfg, self.G_src, self.guides = cfg, G_src, guides
-        self.wanted = needed(cfg) | {"adapted_depth", "adapted_mask"}
+        self.wanted = needed(cfg) | {"adapted_depth", "adapted_mask", "noises"}
         self.shaper: Generator | None = None
         self._kept: dict[tuple[int, int], Seen] = {}  # By draw and place in the batch.
 
@@ -49,6 +49,8 @@ class Pool:
                 adapted = self.shaper.synthesis(ws, c, rays=rays)
                 outputs["adapted_depth"] = adapted["image_depth"]
                 outputs["adapted_mask"] = adapted["mask"]
+            if "prior" in self.wanted and self.cfg.targets.draws:
+                outputs["noises"] = draw_edits(self.cfg, self.guides, draw).to(c.device)
         seen = Seen(self.guides, {name: x for name, x in outputs.items() if name in self.wanted})
         if self.cfg.targets.reuse > 1:
             self._kept[draw, first] = seen
@@ -102,6 +104,16 @@ def draw_noise(cfg: Config, guides: Guides) -> Tensor:
     if "prior" not in needed(cfg):
         return torch.empty(2, cfg.batch, 0)
     return torch.randn(2, cfg.batch, *guides.prior.latent_shape)
+
+
+def draw_edits(cfg: Config, guides: Guides, draw: int) -> Tensor:
+    """Draw the noises that a batch's edits average over, [steps, K, 1, 4, h, w].
+
+    Others for each batch: what one noise happens to mean is no part of the domain.
+    """
+    generator = torch.Generator().manual_seed(step_seed(cfg.seed, draw, stream=3))
+    shape = cfg.targets.steps, cfg.targets.draws, 1, *guides.prior.latent_shape
+    return torch.randn(shape, generator=generator)
 
 
 def draw_number(cfg: Config, step: int) -> int:

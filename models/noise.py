@@ -175,7 +175,7 @@ def edited_latents(
         condition_src: Of the source's own; its predictions have neither guidance nor depth.
         level: Where denoising begins, as a fraction of the schedule: how much may change.
         guidance: Of the target's predictions.
-        noise: Each step averages over K draws, the same for all heads, [steps, K, 1, 4, h, w].
+        noise: Each step averages over K draws, the same for all B, [steps, K, 1, 4, h, w].
         depth: Condition of the prior for the target; None goes without.
         guided: See `ddim`.
         held: See `ddim`.

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import combinations, count, pairwise
 from pathlib import Path
 
 import pytest
@@ -146,6 +146,20 @@ def test_later_pools_are_painted_from_the_adapted_depth(tmp_path, monkeypatch, u
     plain = run(tmp_path / "plain", **given)["log.jsonl"]
     assert plain[:2] == unbroken_shaped["log.jsonl"][:2]
     assert plain[2] != unbroken_shaped["log.jsonl"][2]
+
+
+def test_edits_of_each_batch_have_noises_of_their_own(tmp_path, monkeypatch, unbroken_shaped):
+    noises = []
+    paint = Guides.paint
+
+    def spy(guides, source, latents_src):
+        noises.append(source["noises"])
+        return paint(guides, source, latents_src)
+
+    monkeypatch.setattr(Guides, "paint", spy)
+    assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+    assert noises[0].shape[:4] == (2, 2, 1, 4)  # Steps, draws.
+    assert all(not torch.equal(*pair) for pair in combinations(noises, 2))
 
 
 def test_heads_take_their_new_shape_when_a_pool_begins():
@@ -540,7 +554,7 @@ def test_times_fill_the_annealed_range():
 
 
 def test_streams_of_draws_never_meet():
-    seeds = [samples.step_seed(s, n, k) for s in range(3) for n in range(1, 50) for k in range(2)]
+    seeds = [samples.step_seed(s, n, k) for s in range(3) for n in range(1, 50) for k in range(4)]
     assert len(set(seeds)) == len(seeds)
 
 
