@@ -74,12 +74,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "nada": {"learns": BACKBONE_LEARNS},  # arXiv:2108.00946, the baseline of all these papers.
     "3d-adapter": {"learns": DECODER_THEN_SUPERRES},  # arXiv:2410.08824
 }
-# The same, where shapes may change: pictures are edited from an earlier time on. First the source's
-# depth holds the pose, then guidance brings the domain, and the prompt alone does the rest.
+# The same, where shapes may change: the source's depth holds less, and painting begins earlier.
 METHODS["denoised-shapes"] = METHODS["denoised"] | {
-    "depth_scale": 0.6,
-    "targets": METHODS["denoised"]["targets"]
-    | {"level": 0.9, "draws": 2, "held": (0.8, 1.0), "guided": (0.7, 0.8), "margin": 0.1},
+    "depth_scale": 0.2,
+    "targets": {
+        **{"level": 0.9, "steps": 6, "margin": 0.1, "adapted_depth": True},
+        **{"pool": 22, "reuse": 2},
+    },
 }
 # The same where generators make pictures alone: nothing has depth or a mask.
 METHODS_2D = {
@@ -136,7 +137,7 @@ TUNED: dict[str, dict[str, float]] = {
 }
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
 PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0}
-TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 264, "guidance": 4.0, "silhouette": 2.0}
+TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 132, "guidance": 2.0, "silhouette": 2.0}
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {
     "stylegan-fusion": dict(
@@ -165,6 +166,4 @@ NUMBERS = {
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
 EDITS_2D = {"diffusiongan3d": {"learns": (r"synthesis\..*",), "keep": 20.0}}
 # How targets begin from a picture without words, which the source's own picture would outweigh.
-FROM_PICTURE: dict[str, Any] = {
-    **{"inverted": False, "level": 0.9, "draws": 0, "held": (0.0, 1.0), "guided": (0.0, 1.0)}
-}
+FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}

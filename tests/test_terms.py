@@ -124,7 +124,7 @@ def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
     assert mask.shape == source["mask"].shape and (mask >= source["mask"]).all()
     assert mask[..., n // 4 : n // 2 - 1].mean() > 0.9 and (mask[..., n // 2 + 1 :] == 0).all()
     assert torch.equal(seen.growth, mask > source["mask"])
-    run.guides.cfg = Config(**given | {"targets": {"margin": 0.0, "draws": 0}})
+    run.guides.cfg = Config(**given | {"targets": {"margin": 0.0}})
     still = terms.Seen(run.guides, source)
     assert torch.equal(still.painted.view("mask"), source["mask"]) and not still.growth.any()
 
