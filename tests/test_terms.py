@@ -107,9 +107,7 @@ def test_the_prior_paints_the_foreground_alone(tmp_path, mask):
 
 
 def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
-    given = options(
-        tmp_path / "run", method="denoised-shapes", targets={"margin": 0.25, "draws": 0}
-    )
+    given = options(tmp_path / "run", method="denoised-shapes", targets={"margin": 0.25})
     run = prepared(Config(**given))
     torch.manual_seed(0)
     ws = run.G.mapping(torch.randn(2, run.G.z_dim), run.G.cameras.frontal(2))
