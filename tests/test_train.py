@@ -132,16 +132,23 @@ def test_resumed_run_with_targets_equals_unbroken_run(tmp_path, request, given, 
     assert run(tmp_path / "run", **given) == request.getfixturevalue(name)
 
 
-def test_later_pools_are_painted_from_the_adapted_depth(tmp_path, monkeypatch, unbroken_shaped):
-    shapes = []
+@pytest.fixture
+def painted(monkeypatch):
+    """Collect what the prior is given to paint, source by source."""
+    sources = []
     paint = Guides.paint
 
     def spy(guides, source, latents_src):
-        shapes.append((source["image_depth"], source.get("adapted_depth")))
+        sources.append(source)
         return paint(guides, source, latents_src)
 
     monkeypatch.setattr(Guides, "paint", spy)
+    return sources
+
+
+def test_later_pools_are_painted_from_the_adapted_depth(tmp_path, painted, unbroken_shaped):
     assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+    shapes = [(source["image_depth"], source.get("adapted_depth")) for source in painted]
     assert [adapted is None for _, adapted in shapes] == [True, False, False]
     for source, adapted in shapes[1:]:
         assert source.shape == adapted.shape and not torch.equal(source, adapted)
@@ -151,16 +158,9 @@ def test_later_pools_are_painted_from_the_adapted_depth(tmp_path, monkeypatch, u
     assert plain[2] != unbroken_shaped["log.jsonl"][2]
 
 
-def test_edits_of_each_batch_have_noises_of_their_own(tmp_path, monkeypatch, unbroken_shaped):
-    noises = []
-    paint = Guides.paint
-
-    def spy(guides, source, latents_src):
-        noises.append(source["noises"])
-        return paint(guides, source, latents_src)
-
-    monkeypatch.setattr(Guides, "paint", spy)
+def test_edits_of_each_batch_have_noises_of_their_own(tmp_path, painted, unbroken_shaped):
     assert run(tmp_path / "run", **SHAPED) == unbroken_shaped
+    noises = [source["noises"] for source in painted]
     assert noises[0].shape[:4] == (2, 2, 1, 4)  # Steps, draws.
     assert all(not torch.equal(*pair) for pair in combinations(noises, 2))
 
@@ -173,18 +173,10 @@ def test_heads_take_their_new_shape_when_a_pool_begins():
     assert not any(samples.reshapes(cfg, step) for step in range(1, 40))
 
 
-def test_every_target_is_painted_once(tmp_path, monkeypatch, unbroken_painted):
-    painted = []
-    paint = Guides.paint
-
-    def spy(guides, source, latents_src):
-        painted.append(source["image"])
-        return paint(guides, source, latents_src)
-
-    monkeypatch.setattr(Guides, "paint", spy)
+def test_every_target_is_painted_once(tmp_path, painted, unbroken_painted):
     assert run(tmp_path / "run", **PAINTED) == unbroken_painted
     assert len(painted) == 4  # Draws 1 and 2 for four steps, 3 and 4 for the last two.
-    assert all(not torch.equal(a, b) for a, b in pairwise(painted))
+    assert all(not torch.equal(a["image"], b["image"]) for a, b in pairwise(painted))
 
 
 def test_steps_that_use_heads_again_have_times_and_noise_of_their_own(tmp_path, monkeypatch):
