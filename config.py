@@ -312,10 +312,14 @@ def _defaults(
         if name not in known:
             raise ValueError(f"{flag} must be one of {', '.join(known)}, got {name!r}")
     methods, edits = (METHODS_2D, EDITS_2D) if base in FLAT else (METHODS, EDITS)
-    row = BASES[base] | methods[method] | NUMBERS[base][method]
-    row |= edits.get(method, {}) if edit else {}
-    targets = row.pop("targets", {}) | (FROM_PICTURE if image and not prompt else {})
-    scores = row.pop("scores", {})
+    tables = [BASES[base], methods[method], NUMBERS[base][method]]
+    tables += [edits.get(method, {})] if edit else []
+    row = {name: value for table in tables for name, value in table.items()}
+    targets, scores = (
+        {name: value for table in tables for name, value in table.get(group, {}).items()}
+        for group in ("targets", "scores")
+    )
+    targets |= FROM_PICTURE if image and not prompt else {}
     weights = {field.name: row.pop(field.name, 0.0) for field in fields(Weights)}
     if not image:
         weights["target"] = 0.0  # Words have no tokens to compare with.

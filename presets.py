@@ -74,13 +74,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "nada": {"learns": BACKBONE_LEARNS},  # arXiv:2108.00946, the baseline of all these papers.
     "3d-adapter": {"learns": DECODER_THEN_SUPERRES},  # arXiv:2410.08824
 }
-# The same, where shapes may change: the source's depth holds less, and painting begins earlier.
+# The same, where shapes may change: pictures are edited, from an earlier time on, and depth only
+# holds the pose.
 METHODS["denoised-shapes"] = METHODS["denoised"] | {
-    "depth_scale": 0.2,
-    "targets": {
-        **{"level": 0.9, "steps": 6, "margin": 0.1, "adapted_depth": True},
-        **{"pool": 22, "reuse": 2},
-    },
+    "depth_scale": 0.6,
+    "targets": METHODS["denoised"]["targets"]
+    | {"level": 0.9, "draws": 2, "held": (0.8, 1.0), "margin": 0.1, "reuse": 2},
 }
 # The same where generators make pictures alone: nothing has depth or a mask.
 METHODS_2D = {
@@ -120,7 +119,7 @@ PAPERS: dict[str, dict[str, float]] = {
     ),
 }
 # The same and how long a run takes, tuned on the puppets' small networks.
-TUNED: dict[str, dict[str, float]] = {
+TUNED: dict[str, dict[str, Any]] = {
     "denoised": dict(
         steps=130, batch=2, lr=2e-3, guidance=2.5, denoised=1.0, denoised_tokens=0.3, hsc=0.3
     ),
@@ -136,8 +135,12 @@ TUNED: dict[str, dict[str, float]] = {
     ),
 }
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
-PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0}
-TUNED["denoised-shapes"] = TUNED["denoised"] | {"steps": 132, "guidance": 2.0, "silhouette": 2.0}
+PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0, "opacity": 0.3}
+# After the depth has held the pose guidance brings the domain, and the prompt alone does the rest.
+TUNED["denoised-shapes"] = TUNED["denoised"] | {
+    **{"steps": 264, "guidance": 4.0, "silhouette": 2.0, "opacity": 0.3},
+    "targets": {"guided": (0.7, 0.8)},
+}
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {
     "stylegan-fusion": dict(
@@ -166,4 +169,6 @@ NUMBERS = {
 EDITS: dict[str, dict[str, Any]] = {"diffusiongan3d": {"learns": BACKBONE_LEARNS, "keep": 20.0}}
 EDITS_2D = {"diffusiongan3d": {"learns": (r"synthesis\..*",), "keep": 20.0}}
 # How targets begin from a picture without words, which the source's own picture would outweigh.
-FROM_PICTURE: dict[str, Any] = {"inverted": False, "level": 0.9}
+FROM_PICTURE: dict[str, Any] = {
+    **{"inverted": False, "level": 0.9, "draws": 0, "held": (0.0, 1.0), "guided": (0.0, 1.0)}
+}

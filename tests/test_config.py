@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -34,14 +34,15 @@ def test_presets_settle_every_option_and_no_table_undoes_another(base, method):
     assert None not in vars(cfg).values()
     methods = config.METHODS_2D if base in config.FLAT else config.METHODS
     tables = config.BASES[base], methods[method], config.NUMBERS[base][method]
-    names = [name for table in tables for name in table]
+    rows = [row for table in tables for row in table.items() if not isinstance(row[1], dict)]
+    names = [name for name, _ in rows]
+    for group in ("targets", "scores"):
+        parts = [row for table in tables for row in table.get(group, {}).items()]
+        assert all(getattr(getattr(cfg, group), name) == value for name, value in parts)
+        names += [f"{group}.{name}" for name, _ in parts]
     assert len(set(names)) == len(names)
-    known = {field.name for cls in (Config, Weights) for field in fields(cls)}
-    assert set(names) <= known
-    for name in set(names) & vars(cfg).keys():
-        (row,) = [table[name] for table in tables if name in table]
-        settled = getattr(cfg, name)
-        assert settled == (replace(settled, **row) if name in ("targets", "scores") else row)
+    assert {name for name, _ in rows} <= {f.name for cls in (Config, Weights) for f in fields(cls)}
+    assert all(getattr(cfg, name) == value for name, value in rows if name in vars(cfg))
 
 
 def test_weights_of_the_papers_are_the_presets():

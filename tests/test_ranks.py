@@ -163,7 +163,7 @@ def distances_by_one(short_runs, tmp_path_factory):
 @pytest.mark.parametrize(("method", "reuse"), [("denoised", 2), ("denoised-shapes", 1)])
 def test_targets_are_the_same_in_processes_and_micro_batches(launch, tmp_path, method, reuse):
     targets = {"steps": 2, "pool": 1, "reuse": reuse}
-    targets |= {"draws": 2} if method == "denoised-shapes" else {}
+    targets |= {"adapted_depth": True} if method == "denoised-shapes" else {}
     painted = SHORT | {"method": method, "targets": targets}
     run(tmp_path / "one", **painted)
     printed = launch(arguments(tmp_path / "two", **painted))

@@ -107,7 +107,9 @@ def test_the_prior_paints_the_foreground_alone(tmp_path, mask):
 
 
 def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
-    given = options(tmp_path / "run", method="denoised-shapes", targets={"margin": 0.25})
+    given = options(
+        tmp_path / "run", method="denoised-shapes", targets={"margin": 0.25, "draws": 0}
+    )
     run = prepared(Config(**given))
     torch.manual_seed(0)
     ws = run.G.mapping(torch.randn(2, run.G.z_dim), run.G.cameras.frontal(2))
@@ -122,7 +124,7 @@ def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
     assert mask.shape == source["mask"].shape and (mask >= source["mask"]).all()
     assert mask[..., n // 4 : n // 2 - 1].mean() > 0.9 and (mask[..., n // 2 + 1 :] == 0).all()
     assert torch.equal(seen.growth, mask > source["mask"])
-    run.guides.cfg = Config(**given | {"targets": {"margin": 0.0}})
+    run.guides.cfg = Config(**given | {"targets": {"margin": 0.0, "draws": 0}})
     still = terms.Seen(run.guides, source)
     assert torch.equal(still.painted.view("mask"), source["mask"]) and not still.growth.any()
 

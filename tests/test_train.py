@@ -98,10 +98,7 @@ def unbroken_painted(short_runs, tmp_path_factory):
 # Three draws; the last two are painted from the depth of what the steps before have made.
 SHAPED = {
     "method": "denoised-shapes",
-    "targets": {
-        **{"steps": 2, "pool": 1, "reuse": 2},
-        **{"draws": 2, "guided": (0.4, 0.5), "held": (0.8, 1.0)},
-    },
+    "targets": {"steps": 2, "pool": 1, "reuse": 2, "guided": (0.4, 0.5), "adapted_depth": True},
 }
 
 

@@ -109,7 +109,7 @@ def arguments(out: Path, **changes: object) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, given in parts if value is not None else []:
-            values = given if isinstance(given, tuple) else (given,)
+            values = () if given is True else given if isinstance(given, tuple) else (given,)
             argv += [f"{flag}.{part}".rstrip("."), *map(str, values)]
     return argv
 
