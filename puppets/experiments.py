@@ -338,7 +338,7 @@ def draw_figures() -> None:
     save_sheet(DOCS / "figure-methods.png", source, rows, truth)
     rows = [(label, None, run_name(parts, label, "devil", 0)) for label in list(parts.rows)[:6]]
     save_sheet(DOCS / "figure-parts.png", source, rows)
-    shaped = ("devil", "alien")
+    shaped = ("devil", "alien", "clown")
     rows = [(DOMAINS[d].phrases[0], None, run_name(GROUPS["shapes"], SHAPES, d, 0)) for d in shaped]
     truth = [(f"true {domain}", None, show_truth(domain)) for domain in shaped]
     save_sheet(DOCS / "figure-shapes.png", source, rows, truth)
