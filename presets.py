@@ -3,7 +3,7 @@
 What is the same for all of them stands beside the options in config.py. Rows of four kinds, the
 later above the former: BASES, METHODS (what a method is on any base), NUMBERS (what it needs on
 this base) and EDITS. A name is that of an option (config.Config), of a weight (config.Weights), or
-a group of options: "targets", "scores".
+a group of options, to which each table may add: "targets", "scores".
 """
 
 from __future__ import annotations
@@ -137,10 +137,9 @@ TUNED: dict[str, dict[str, Any]] = {
 TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items()}
 PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0, "opacity": 0.3}
 # After the depth has held the pose guidance brings the domain, and the prompt alone does the rest.
-TUNED["denoised-shapes"] = TUNED["denoised"] | {
-    **{"steps": 264, "guidance": 4.0, "silhouette": 2.0, "opacity": 0.3},
-    "targets": {"guided": (0.7, 0.8)},
-}
+TUNED["denoised-shapes"] = TUNED["denoised"] | dict(
+    steps=264, guidance=4.0, silhouette=2.0, opacity=0.3, targets={"guided": (0.7, 0.8)}
+)
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {
     "stylegan-fusion": dict(
