@@ -99,11 +99,12 @@ from tqdm import tqdm
 from files.generators import load_generator
 from harness.devices import pick_device
 from harness.run_folder import locate
-from models.diffusion import DiffusionPrior
+from models.diffusion import DiffusionPrior, read_vocabulary
 from models.features import ClipFeatures
 from models.fingerprints import fingerprint_mapping
 from models.generator import Generator
 from models.noise import noise_errors
+from models.prompts import unknown_words
 from subjects import Codes, draw_codes, save_directions, seed_to_ws, warn_of_puppets
 
 CODES = 10_000  # Of which the principal components are taken.
@@ -132,12 +133,26 @@ def main(cfg: Config) -> None:
         for flag in ("clip", "diffusion"):
             if getattr(cfg, flag) == getattr(Config, flag):
                 warn_of_puppets(f"--{flag}", G)
+        warn_of_words(pairs, cfg)
         clip = ClipFeatures.from_pretrained(locate(cfg.clip), device)
         directions |= from_words(G, clip, pairs, codes.wide(), cfg)
     directions |= from_codes(codes, cfg)
     make_folder(cfg.out.absolute().parent)
     save_directions(directions, cfg.out, mapping_weights=fingerprint_mapping(G))
     print(f"{cfg.out} has {', '.join(directions)}")
+
+
+def warn_of_words(pairs: dict[str, tuple[str, str]], cfg: Config) -> None:
+    """Warn of words that are new to a prior which declares the ones it knows."""
+    vocabulary = read_vocabulary(Path(locate(cfg.diffusion))) if cfg.diffusion else None
+    for name, phrases in pairs.items() if vocabulary else ():
+        sentences = " ".join(cfg.template.format(phrase) for phrase in phrases)
+        if unknown := unknown_words(sentences, vocabulary["words"]):
+            print(
+                f"warning: the prior has never seen the words {', '.join(unknown)}; "
+                f"{name} may mean something else",
+                file=sys.stderr,
+            )
 
 
 def from_codes(codes: Codes, cfg: Config) -> dict[str, Tensor]:

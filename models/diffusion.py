@@ -7,7 +7,6 @@ Everything that goes in or comes out is float32, whatever the networks' own prec
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from models.features import clip_preprocess
 from models.ip_adapter import is_plus, load_ip_adapter
 from models.lora import fuse_loras
 from models.pretrained import one_line_errors
-from models.prompts import clip_tokenize
+from models.prompts import clip_tokenize, unknown_words
 from models.stable_diffusion import check_fit, load_parts
 from models.vae import cell_size, encode
 from models.weight_files import weight_files
@@ -173,7 +172,7 @@ class DiffusionPrior:
         if ip_adapter is not None:
             parts["image_encoder"] = load_ip_adapter(ip_adapter, parts["unet"])
         parts = {name: network.to(device) for name, network in parts.items()}
-        vocabulary = _read_vocabulary(folder / "vocabulary.json") if is_folder else None
+        vocabulary = read_vocabulary(folder) if is_folder else None
         return cls(
             **parts,
             tokenizer=tokenizer,
@@ -361,10 +360,7 @@ class DiffusionPrior:
         """Return the words of a prompt that are not in the declared vocabulary, if there is one."""
         if self.vocabulary is None:
             return []
-        for word in self.learned_words:
-            prompt = re.sub(re.escape(word), " ", prompt, flags=re.IGNORECASE)
-        words = re.findall(r"[\w']+", prompt.lower()) or prompt.split()
-        return [word for word in dict.fromkeys(words) if word not in self.vocabulary["words"]]
+        return unknown_words(prompt, self.vocabulary["words"], self.learned_words)
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the embeddings, [N, 1, E] or [N, 1, L, E], of normalised pixels [N, 3, S, S]."""
@@ -433,8 +429,13 @@ def _given(path: str | Path | None) -> str | Path | None:
     return None if path is None or str(path) in ("", ".") else path
 
 
-def _read_vocabulary(path: Path) -> dict | None:
-    """Return the words a small prior declares to know, or None."""
+def read_vocabulary(folder: Path) -> dict | None:
+    """Return the words a small prior declares to know in its folder, or None.
+
+    Raises:
+        ValueError: its vocabulary.json is damaged.
+    """
+    path = folder / "vocabulary.json"
     if not path.is_file():
         return None
     with one_line_errors(str(path)):

@@ -5,7 +5,7 @@ ids [N, L] are token ids, L the length that a text encoder takes.
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -32,6 +32,14 @@ def web_ui_syntax(prompt: str) -> list[str]:
     found = WEB_UI.findall(prompt)
     words = re.sub(NETWORKS, "", prompt)
     return [part for part in found if part not in ("BREAK", "AND") or words != words.upper()]
+
+
+def unknown_words(prompt: str, known: Collection[str], learned: Collection[str] = ()) -> list[str]:
+    """Return the words of a prompt, each once, that are neither among the known nor the learned."""
+    for word in learned:
+        prompt = re.sub(re.escape(word), " ", prompt, flags=re.IGNORECASE)
+    words = re.findall(r"[\w']+", prompt.lower()) or prompt.split()
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def clip_tokenize(

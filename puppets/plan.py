@@ -317,8 +317,8 @@ def command(name: str, options: dict) -> str:
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, values in parts:  # Targets and weights have a flag each.
             *group, flag = f"{option}.{part}".rstrip(".").replace("_", "-").split(".")
-            if values is False:
-                words.append("--" + ".".join([*group, f"no-{flag}"]))
+            if isinstance(values, bool):  # Switches.
+                words.append("--" + ".".join([*group, flag if values else f"no-{flag}"]))
                 continue
             words += ["--" + ".".join([*group, flag])]
             words += np.ravel(np.array(values, object)).astype(str).tolist()

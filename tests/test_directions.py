@@ -1,5 +1,8 @@
 """Directions of codes: from words, without the cameras' share, and from the codes alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from tiny_run import build_generator, world
@@ -108,6 +111,22 @@ def test_a_direction_is_turned_away_from_others_unless_it_is_mostly_theirs(capsy
     torch.testing.assert_close(red, (3 * axes[0] + axes[2]) / 10**0.5)
     reason = "warning: red is mostly what dark, skin say, and stays so\n"
     assert capsys.readouterr().err == reason
+
+
+def test_words_that_the_prior_never_saw_are_warned_of(tmp_path, capsys):
+    known = sorted({"a", "photo", "of", "person", "with", "red", "black", "hair"})
+    folder = shutil.copytree(world() / "diffusion", tmp_path / "diffusion")
+    (folder / "vocabulary.json").write_text(json.dumps({"words": known}))
+    pairs = directions.parse_words(("red=red hair/black hair", "old=an old face/a young face"))
+    cfg = options(tmp_path, diffusion=str(folder))
+    capsys.readouterr()
+    directions.warn_of_words(pairs, cfg)
+    warning = "the prior has never seen the words an, old, face, young; old may mean something else"
+    assert capsys.readouterr().err == f"warning: {warning}\n"
+    (folder / "vocabulary.json").unlink()
+    for prior in ("", str(folder)):  # None, and one that declares nothing.
+        directions.warn_of_words(pairs, options(tmp_path, diffusion=prior))
+    assert not capsys.readouterr().err
 
 
 def test_words_that_are_given_leave_the_others_as_they_are(tmp_path):
