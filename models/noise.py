@@ -7,6 +7,7 @@ latents [B, 4, h, w], scaled; noise alike; t [B], integer steps of the diffusion
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
@@ -182,16 +183,28 @@ def edited_latents(
     """
     last = round(level * (len(prior.alphas_cumprod) - 1))
     times = torch.linspace(last, 0, len(noise) + 1).round().int().tolist()
-    latents = latents_src
-    for (now, then), draws in zip(pairwise(times), noise, strict=True):
-        t, change = torch.full_like(latents[:, 0, 0, 0], now).long(), 0
+    latents, draws = latents_src, noise.shape[1]
+    depth = None if depth is None else depth.repeat(draws, 1, 1, 1)
+    condition, condition_src = _repeated(condition, draws), _repeated(condition_src, draws)
+    for (now, then), eps in zip(pairwise(times), noise, strict=True):
+        t = torch.full((draws * len(latents),), now, device=latents.device)
+        eps = eps.expand(-1, len(latents), -1, -1, -1).flatten(0, 1)  # [K * B, 4, h, w]
+        noisy, noisy_src = (
+            add_noise(prior, x.repeat(draws, 1, 1, 1), t, eps) for x in (latents, latents_src)
+        )
         leads = _leads(prior, now, guidance, depth, guided, held)
-        for draw in draws:
-            noisy, noisy_src = (add_noise(prior, x, t, draw) for x in (latents, latents_src))
-            change += guided_noise(prior, noisy, t, condition, *leads)
-            change -= guided_noise(prior, noisy_src, t, condition_src, 1.0)
-        latents = latents + (_sigma(prior, then) - _sigma(prior, now)) / len(draws) * change
+        change = guided_noise(prior, noisy, t, condition, *leads)
+        change = change - guided_noise(prior, noisy_src, t, condition_src, 1.0)
+        change = change.unflatten(0, (draws, -1)).mean(0)  # [B, 4, h, w]
+        latents = latents + (_sigma(prior, then) - _sigma(prior, now)) * change
     return latents
+
+
+def _repeated(condition: Condition, times: int) -> Condition:
+    """Return a condition for so many copies of a batch."""
+    if condition.text.ndim == 3:  # The same for all samples.
+        return condition
+    return replace(condition, text=condition.text.repeat(1, times, 1, 1))
 
 
 def _leads(

@@ -122,3 +122,19 @@ def test_guidance_and_depth_of_an_edit_act_between_two_times():
     for fewer, more in ((never, first), (first, always)):
         assert 0 <= edits[fewer, never].norm() < edits[more, never].norm()
         assert 0 <= edits[never, fewer].norm() < edits[never, more].norm()
+
+
+def test_edits_of_several_draws_keep_each_samples_own_words_and_depth():
+    latents, _ = edit_inputs()
+    words = torch.linspace(0.1, 0.9, 6).view(2, 3, 1, 1).expand(2, 3, 5, 6)
+    depth = torch.linspace(0.2, 0.8, 3).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    noise = torch.randn(3, 4, 1, *latents.shape[1:])
+
+    def edit(some):
+        conditions = [Condition(words[:, some]), Condition(words[:, some].flip(0))]
+        inputs = FakePrior(), latents[some], *conditions, 0.9, 2.0, noise
+        return edited_latents(*inputs, depth[some])
+
+    alone = torch.cat([edit(slice(i, i + 1)) for i in range(3)])
+    torch.testing.assert_close(edit(slice(3)), alone)
+    assert (alone - latents).abs().amax((1, 2, 3)).min() > 0.01
