@@ -30,7 +30,7 @@ from models.noise import (
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
-CHANGE = (0.1, 1.2)  # A background pixel that changes by more, of 2, begins to be, and is, a head.
+CHANGE = (0.3, 0.9)  # A background pixel that changes by more, of 2, begins to be, and is, a head.
 ROUNDING = 1e-4  # Ratios of squared distances that differ by less are equal.
 
 

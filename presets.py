@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
 METHODS["denoised-shapes"] = METHODS["denoised"] | {
     "depth_scale": 0.6,
     "targets": METHODS["denoised"]["targets"]
-    | {"steps": 12, "level": 0.9, "draws": 2, "held": (0.8, 1.0), "margin": 0.1, "reuse": 2},
+    | {"level": 0.9, "draws": 2, "held": (0.8, 1.0), "margin": 0.1, "reuse": 2},
 }
 # The same where generators make pictures alone: nothing has depth or a mask.
 METHODS_2D = {
@@ -138,7 +138,7 @@ TUNED = {method: {"steps": 50, "batch": 4} | row for method, row in TUNED.items(
 PAPERS["denoised-shapes"] = PAPERS["denoised"] | {"silhouette": 2.0, "opacity": 0.3}
 # After the depth has held the pose guidance brings the domain, and the prompt alone does the rest.
 TUNED["denoised-shapes"] = TUNED["denoised"] | dict(
-    steps=264, guidance=6.0, silhouette=2.0, opacity=0.3, targets={"guided": (0.7, 0.8)}
+    steps=264, guidance=4.0, silhouette=2.0, opacity=0.3, targets={"guided": (0.7, 0.8)}
 )
 # In pictures nothing has planes to keep at their distance.
 PAPERS_2D = PAPERS | {

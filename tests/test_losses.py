@@ -383,10 +383,10 @@ def test_grown_mask_is_the_source_and_what_changed_on_its_background():
     mask[..., :1] = 0.5
     painted = image.clone()
     painted[:, 1, :, 4:6] = -0.5  # One channel is enough; a cell is 2 x 2 pixels.
-    painted[:, :, :, 6:] = 0.95  # A tint of the background is none.
+    painted[:, :, :, 6:] = 0.75  # A tint of the background is none.
     grown = grown_mask(painted, image, mask)
     assert grown[0, 0, 0].tolist() == [0.5, 0, 1, 0]
-    painted[:, :, :, 6:] = 0.35  # Half-way.
+    painted[:, :, :, 6:] = 0.4  # Half-way.
     assert grown_mask(painted, image, mask)[0, 0, 0, 3].item() == pytest.approx(0.5)
 
 
