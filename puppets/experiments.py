@@ -104,10 +104,11 @@ were scored first (seed 0), and became 2.5, by trials on bronze and clown, after
 of those elves for elves. All scores except L1, depth, multiview and the oracle's use CLIP features,
 which NADA and 3D-Adapter optimise directly."""
 TRIALS = f"""Settings were chosen by runs of seed 11, scored on 64 latents of seed 77, which no
-table above uses; {", ".join(HELD_OUT)} were never among them. They were run one by one while the
-code was growing, and this script does not make them again; what they did otherwise than today's
-code stands in brackets. Before them, trials of GCA-3D on the same two domains, which were not kept,
-had led to guidance 3 and HSC's 0.05. `tuning.json` has the numbers."""
+table above uses; {", ".join(HELD_OUT)} were never among them. Trials of shapes say where it was
+otherwise: some were scored on the table's own latents. Trials were run one by one while the code
+was growing, and this script does not make them again; what they did otherwise than today's code
+stands in brackets. Before them, trials of GCA-3D on the same two domains, which were not kept, had
+led to guidance 3 and HSC's 0.05. `tuning.json` has the numbers."""
 COSTS_NOTE = "Measured before a CPU took denormals for zero, which shortened steps by up to 40 %."
 LIMITS_NOTE = """The same scores against the same truth: the true pictures; what the prior paints of
 the source's pictures, which are the denoised targets; the source as it is, and after the one affine
