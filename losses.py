@@ -30,7 +30,8 @@ from models.noise import (
 if TYPE_CHECKING:
     from models.diffusion import Condition
 
-CHANGE = (0.3, 0.9)  # A background pixel that changes by more, of 2, begins to be, and is, a head.
+CHANGE = (0.1, 1.2)  # A background pixel that changes by more, of 2, begins to be, and is, a head.
+EMPHASIS = 4.0  # How much more a pixel counts that a head fills in a painted picture alone.
 ROUNDING = 1e-4  # Ratios of squared distances that differ by less are equal.
 
 
@@ -214,19 +215,43 @@ def denoised_latents(
     return ddim(prior, latents_t, condition, times, guidance, depth, guided, held)
 
 
-def denoised_loss(images: Tensor, targets: Tensor, cells: int = 4) -> Tensor:
+def denoised_loss(
+    images: Tensor, targets: Tensor, cells: int = 4, grown: Tensor | None = None
+) -> Tensor:
     """Regress images onto fixed targets: L1 of the pixels, and of averages of cells x cells.
 
     The averages let colours settle where edges do not meet yet. Its counterpart in a ViT's tokens
     is `perceptual_loss`.
+
+    Args:
+        grown: How much more heads fill in the targets than in the source, [B, 1, n, n]; it counts
+            there as `growth_weights` says.
     """
     difference = images - targets.detach()
     coarse = F.avg_pool2d(difference, cells)
+    if grown is not None:
+        weights = growth_weights(F.interpolate(grown, images.shape[2:], mode="bilinear"))
+        difference, coarse = difference * weights, coarse * F.avg_pool2d(weights, cells)
     return difference.abs().flatten(1).mean(1) + coarse.abs().flatten(1).mean(1)
+
+
+def growth_weights(grown: Tensor) -> Tensor:
+    """Return what parts of a picture count, 1 where nothing grows.
+
+    What some of the prior's pictures show whole, such as a horn, is not lost among the others, and
+    what all show in part, such as blurred outlines, hardly counts more.
+
+    Args:
+        grown: How much more a head fills there than in the source, in [0, 1].
+    """
+    return 1 + EMPHASIS * grown.square()
 
 
 def grown_mask(painted: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Return the source's foreground, and what a painted picture shows on its background.
+
+    An outline that is a head's in part changes with the head's colour, by that part of 2 at most:
+    only what changes by more has grown.
 
     Args:
         painted: A picture of the same heads in another domain, [B, 3, H, W].
@@ -235,15 +260,21 @@ def grown_mask(painted: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """
     change = (painted - image).abs().amax(1, keepdim=True)
     new = ((change - CHANGE[0]) / (CHANGE[1] - CHANGE[0])).clamp(0, 1)
-    return torch.maximum(mask, F.adaptive_avg_pool2d(new, mask.shape[-1]))
+    colour = 2 * F.interpolate(mask, image.shape[2:], mode="bilinear")
+    grown = torch.where(change > colour, new, 0)
+    return torch.maximum(mask, F.adaptive_avg_pool2d(grown, mask.shape[-1]))
 
 
-def silhouette_loss(mask: Tensor, target: Tensor) -> Tensor:
+def silhouette_loss(mask: Tensor, target: Tensor, grown: Tensor | None = None) -> Tensor:
     """L1 between a foreground and what it should be, quadratic below 0.1.
 
     Where both agree but for rounding, as nearly everywhere, L1 alone would pull as hard as ever.
+
+    Args:
+        grown: As in `denoised_loss`, of the same size as `mask`.
     """
-    return F.smooth_l1_loss(mask, target.detach(), reduction="none", beta=0.1).flatten(1).mean(1)
+    loss = F.smooth_l1_loss(mask, target.detach(), reduction="none", beta=0.1)
+    return (loss if grown is None else loss * growth_weights(grown)).flatten(1).mean(1)
 
 
 def fusion_sds_loss(

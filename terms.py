@@ -115,9 +115,11 @@ class Seen:
         return Seen(self.guides, self.guides.paint(self.outputs, self.view("latents")))
 
     @cached_property
-    def growth(self) -> Tensor:
-        """Where those pictures show more than the source, [b, 1, n, n]."""
-        return self.painted.view("mask") > self.view("mask")
+    def grown(self) -> Tensor | None:
+        """How much more heads fill in those pictures than here, [b, 1, n, n]; None: no masks."""
+        if "mask" not in self.outputs:
+            return None
+        return (self.painted.view("mask") - self.view("mask")).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def hsc(tokens: Tensor, now: Moment) -> Tensor:
 
 def denoised(images: Tensor, now: Moment) -> Tensor:
     """Distance to the prior's own pictures, at the size at which it paints them."""
-    return denoised_loss(images, now.source.painted.view("pixels"))
+    return denoised_loss(images, now.source.painted.view("pixels"), grown=now.source.grown)
 
 
 def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
@@ -202,7 +204,7 @@ def denoised_tokens(layers: Tensor, now: Moment) -> Tensor:
 
 def silhouette(mask: Tensor, now: Moment) -> Tensor:
     """Distance to the foreground of the prior's own pictures."""
-    return silhouette_loss(mask, now.source.painted.view("mask"))
+    return silhouette_loss(mask, now.source.painted.view("mask"), now.source.grown)
 
 
 def fusion(latents: Tensor, now: Moment) -> Tensor:

@@ -227,8 +227,8 @@ def take_step(run: Run, step: int) -> Row:
         # What learns is in float32, for gradients too small for half precision.
         cut = rays.cut(part)
         source = run.pool.source(draw, part.start, ws[part], c[part], cut)
-        if cfg.targets.margin and "silhouette" in active:
-            cut = replace(cut, leak=GROWTH * source.growth.flatten(1))
+        if cfg.targets.margin and "silhouette" in active and source.grown is not None:
+            cut = replace(cut, leak=GROWTH * (source.grown > 0).flatten(1))
         adapted = draw_samples(G, ws[part], c[part], cut, force_fp32=True)
 
         # Sum the terms' gradients at the outputs, then go back through the generator once.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_prior import FakePrior
 
 from losses import (
+    EMPHASIS,
     clip_direction_loss,
     coarse_to_fine,
     denoised_latents,
@@ -383,11 +384,32 @@ def test_grown_mask_is_the_source_and_what_changed_on_its_background():
     mask[..., :1] = 0.5
     painted = image.clone()
     painted[:, 1, :, 4:6] = -0.5  # One channel is enough; a cell is 2 x 2 pixels.
-    painted[:, :, :, 6:] = 0.75  # A tint of the background is none.
+    painted[:, :, :, 6:] = 0.95  # A tint of the background is none.
     grown = grown_mask(painted, image, mask)
     assert grown[0, 0, 0].tolist() == [0.5, 0, 1, 0]
-    painted[:, :, :, 6:] = 0.4  # Half-way.
+    painted[:, :, :, 6:] = 1 - 0.65  # Half-way.
     assert grown_mask(painted, image, mask)[0, 0, 0, 3].item() == pytest.approx(0.5)
+
+
+def test_a_recoloured_outline_has_not_grown():
+    image, mask = torch.ones(1, 3, 8, 8), torch.full((1, 1, 4, 4), 0.4)
+    black = image - 2 * 0.4 * 0.99  # What is a head to 0.4 was white, and is black now.
+    assert torch.equal(grown_mask(black, image, mask), mask)
+    assert (grown_mask(image - 2 * 0.6, image, mask) == 1).all()
+
+
+def test_growth_counts_more_in_pixels_averages_and_silhouettes():
+    targets, images = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    mask, shape = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    for grown in (0.0, 0.5, 1.0):
+        more = torch.full_like(mask, grown)
+        times = 1 + EMPHASIS * grown**2
+        for loss, inputs in ((denoised_loss, (images, targets)), (silhouette_loss, (mask, shape))):
+            assert loss(*inputs, grown=more).item() == pytest.approx(times * loss(*inputs).item())
+    half = torch.zeros_like(mask)
+    half[..., 2:] = 1  # Nothing grows in the left half, and pictures differ at its edge alone.
+    images[..., 4:] = 0
+    assert denoised_loss(images, targets, grown=half) == denoised_loss(images, targets)
 
 
 def test_silhouette_is_the_mean_difference_but_does_not_pull_at_rounding():

@@ -123,10 +123,10 @@ def test_silhouette_of_a_painted_picture_grows_into_its_margin_alone(tmp_path):
     mask = seen.painted.view("mask")
     assert mask.shape == source["mask"].shape and (mask >= source["mask"]).all()
     assert mask[..., n // 4 : n // 2 - 1].mean() > 0.9 and (mask[..., n // 2 + 1 :] == 0).all()
-    assert torch.equal(seen.growth, mask > source["mask"])
+    torch.testing.assert_close(seen.grown, mask - source["mask"])
     run.guides.cfg = Config(**given | {"targets": {"margin": 0.0, "draws": 0}})
     still = terms.Seen(run.guides, source)
-    assert torch.equal(still.painted.view("mask"), source["mask"]) and not still.growth.any()
+    assert torch.equal(still.painted.view("mask"), source["mask"]) and not still.grown.any()
 
 
 def test_silhouette_pulls_the_foreground_towards_the_painted_one(tmp_path):
