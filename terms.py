@@ -117,7 +117,7 @@ class Seen:
     @cached_property
     def grown(self) -> Tensor | None:
         """How much more heads fill in those pictures than here, [b, 1, n, n]; None: no masks."""
-        if "mask" not in self.outputs:
+        if not all("mask" in seen.outputs for seen in (self, self.painted)):
             return None
         return (self.painted.view("mask") - self.view("mask")).clamp_min(0)
 
