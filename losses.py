@@ -242,7 +242,7 @@ def growth_weights(grown: Tensor) -> Tensor:
     what all show in part, such as blurred outlines, hardly counts more.
 
     Args:
-        grown: How much more a head fills there than in the source, in [0, 1].
+        grown: How much more heads fill there than in the source, in [0, 1], any shape.
     """
     return 1 + EMPHASIS * grown.square()
 
